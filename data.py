@@ -1,0 +1,588 @@
+"""Datasets, the two random views of every image, and all randomness of the project.
+
+    python data.py shapes            # or cifar10, cifar100, stl10, or a folder of images:
+    python data.py PATH              # what was found, which files cannot be read, and a picture of view pairs
+
+Each random number is a hash of what it is for: (purpose, seed, epoch, index, view, ...). So an image gets the same two
+views in an epoch whatever the number of workers, processes or restarts, and nothing needs a generator's state.
+
+A view is made in two places. The host decodes, crops and resizes, all in uint8 (a quarter of the bytes of floats), and
+draws the other augmentations as a few numbers; `augment` applies those on the device to the whole batch.
+"""
+import hashlib
+import itertools
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets as tv_datasets
+from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, for every dataset
+TORCHVISION = ("cifar10", "cifar100", "stl10")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SMALL = 64                                                   # px: from here down, networks and views are "small"
+
+
+class UserError(ValueError):
+    """Something the user can put right: the scripts print it as one line and exit with code 2."""
+
+
+# ---------------------------------------------------------------------- randomness: a hash of what it is for
+
+VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, QUEUE, SAMPLE = range(7)     # the purposes, so that no two share a stream
+
+
+def keyed_bits(*key):
+    """Mix integers, or arrays of them that broadcast, into uint64 (finaliser of splitmix64, Steele et al. 2014)."""
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):
+        for part in key:
+            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def keyed_uniform(count, *key):
+    """`count` numbers in [0, 1) for each key: shape of the broadcast key parts + (count,), float64."""
+    parts = [np.asarray(part)[..., None] for part in key]
+    return (keyed_bits(*parts, np.arange(count)) >> np.uint64(11)) * 2.0 ** -53
+
+
+def keyed_permutation(n, *key):
+    """A permutation of range(n), int64."""
+    return np.argsort(keyed_bits(*key, np.arange(n)), kind="stable")
+
+
+# ---------------------------------------------------------------------- datasets: (uint8 CHW tensor, label)
+
+class Pictures:
+    """Images in memory: images (N, 3, H, W) uint8, labels (N,) int64 with -1 for none, classes a list of names."""
+
+    def __init__(self, name, images, labels, classes):
+        self.name, self.images, self.labels, self.classes = name, images, labels, classes
+        self.fingerprint = hashlib.blake2b(images.numpy(), digest_size=8).hexdigest()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.labels[index])
+
+
+class Files:
+    """Image files below `root`; the paths are kept in one array, since a list of a million str is copied by workers."""
+
+    def __init__(self, name, root, paths, labels, classes):
+        self.name, self.root, self.labels, self.classes = name, root, labels, classes
+        self.paths = np.array([os.fsencode(p) for p in paths])
+        self.fingerprint = hashlib.blake2b(b"\n".join(self.paths.tolist()), digest_size=8).hexdigest()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, index):
+        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+
+    def __getitem__(self, index):
+        return read_image(self.path(index)), int(self.labels[index])
+
+
+def read_image(path):
+    """Decode any image file to RGB, (3, H, W) uint8; alpha is dropped and EXIF rotation ignored, as torchvision's loader.
+
+    Raises UserError with the file's name. torchvision decodes what it can (1.3 x faster than Pillow), Pillow the rest:
+    other formats, CMYK, 16 bits, and files that end early, which torchvision would fill up in silence.
+    """
+    try:
+        encoded = np.fromfile(path, np.uint8)
+        whole = encoded[:2].tobytes() != b"\xff\xd8" or b"\xff\xd9" in encoded[-65536:].tobytes()
+        image = None
+        if whole and len(encoded):
+            try:
+                image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
+            except RuntimeError:
+                pass
+        if image is None or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+            with Image.open(path) as file:
+                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return image
+    except Exception as error:     # Pillow raises many types, from SyntaxError to its own decompression-bomb error
+        raise UserError(f"cannot read image {path} ({type(error).__name__}): remove or replace it "
+                        f"(`python data.py DATASET` lists all such files)") from None
+
+
+def load_dataset(name_or_path, split):
+    """A dataset of (uint8 CHW tensor, label), with `.labels`, `.classes`, `.name` and `.fingerprint`.
+
+    `name_or_path`: "shapes", "cifar10", "cifar100", "stl10", or a folder: with `train/` and `val/` or `test/` inside, or
+    any tree of images. The class is the first folder below the split; an image in none has label -1. `split`: "train" or
+    "val". Raises UserError where there is nothing to read; `has_val` tells whether a folder has a val split.
+    """
+    if split not in ("train", "val"):
+        raise UserError(f'unknown split {split!r}: pass "train" or "val"')
+    name = str(name_or_path)
+    if name == "shapes":
+        return draw_shapes(*((SHAPES_TRAIN, 1) if split == "train" else (SHAPES_VAL, 2)))
+    if name in TORCHVISION:
+        return load_torchvision(name, split)
+    root = Path(name)
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"--data {name} {what}: pass a folder of images or one of shapes, {', '.join(TORCHVISION)}")
+    train_root = root / "train" if (root / "train").is_dir() else root
+    folder = train_root if split == "train" else has_val(name)
+    if folder is None:
+        raise UserError(f"{name} has no val split: it needs a folder val/ or test/ beside train/")
+    paths = sorted(os.path.relpath(os.path.join(where, file), folder)
+                   for where, _, files in os.walk(folder, followlinks=True) for file in files
+                   if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."))
+    if not paths:
+        raise UserError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} at any depth")
+    found = [Path(p).parts[0] if os.sep in p else None for p in paths]
+    with os.scandir(train_root) as entries:
+        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    classes = [c for c in classes if c in set(found)] if split == "train" else classes
+    strange = sorted({c for c in found if c is not None} - set(classes))
+    if strange:
+        raise UserError(f"{folder} has a class folder {strange[0]!r} that {train_root} has not: "
+                        f"name the class folders of both splits alike")
+    numbers = {c: i for i, c in enumerate(classes)}
+    labels = torch.tensor([-1 if c is None else numbers[c] for c in found])
+    return Files(root.resolve().name or "root", str(folder), paths, labels, classes)
+
+
+def has_val(name):
+    """The folder of a dataset folder's val split, True for a dataset known by name, None where there is none."""
+    if name == "shapes" or name in TORCHVISION:
+        return True
+    root = Path(name)
+    return next((root / v for v in ("val", "test") if (root / "train").is_dir() and (root / v).is_dir()), None)
+
+
+def load_torchvision(name, split, root="datasets"):
+    """CIFAR and STL-10 by torchvision, downloaded into `root`; STL-10's train split includes its unlabeled images."""
+    try:
+        if name == "stl10":
+            source = tv_datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
+            images, labels = torch.from_numpy(source.data), source.labels
+        else:
+            kind = tv_datasets.CIFAR10 if name == "cifar10" else tv_datasets.CIFAR100
+            source = kind(root, train=split == "train", download=True)
+            images, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), source.targets
+    except (OSError, RuntimeError) as error:      # URLError is an OSError
+        raise UserError(f"cannot download {name} into {root}/ ({error}): connect to the network, put its archive there, "
+                        f"or pass --data PATH with the images as files") from None
+    return Pictures(name, images, torch.as_tensor(np.array(labels)).long(), list(source.classes))
+
+
+# ---------------------------------------------------------------------- shapes: a dataset that needs no file
+
+SHAPES_TRAIN, SHAPES_VAL, TILE, TILES = 6000, 1500, 24, 3
+SHAPES = {     # name -> signed distance (negative inside, roughly in units of the radius) at u, v in about [-1, 1]
+    "disc":      lambda u, v, r: r - 0.8,
+    "ring":      lambda u, v, r: (r - 0.66).abs() - 0.2,
+    "square":    lambda u, v, r: torch.maximum(u.abs(), v.abs()) - 0.72,
+    "frame":     lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.62).abs() - 0.18,
+    "triangle":  lambda u, v, r: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.48,
+    "plus":      lambda u, v, r: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.2, torch.maximum(u.abs(), v.abs()) - 0.9),
+    "cross":     lambda u, v, r: torch.maximum((u.abs() - v.abs()).abs() * 0.7 - 0.2, r - 0.95),
+    "diamond":   lambda u, v, r: 0.7 * (u.abs() + v.abs()) - 0.62,
+    "bars":      lambda u, v, r: torch.maximum(torch.minimum(v.abs(), (v.abs() - 0.66).abs()) - 0.16, u.abs() - 0.8),
+    "crescent":  lambda u, v, r: torch.maximum(r - 0.85, 0.65 - ((u - 0.4) ** 2 + v ** 2).sqrt()),
+    "hourglass": lambda u, v, r: torch.maximum(0.7 * (u.abs() - v.abs()), v.abs() - 0.8),
+    "star":      lambda u, v, r: 0.8 * (r * (1 + 0.4 * torch.cos(5 * torch.atan2(u, v))) - 0.62),
+}
+
+
+def draw_shapes(count, seed, size=TILE * TILES):
+    """`count` pictures of `size` px, each a lattice of 3 x 3 copies of one shape: the class.
+
+    Every copy has its own colour (lighter or darker than the ground, per channel), size, angle and place, on a ground of
+    coloured clouds. So colour says nothing about the class, a crop of any place still shows it, and little else about
+    an image survives the augmentation: what makes two views alike is the shape.
+    """
+    labels = torch.from_numpy(keyed_permutation(count, DRAWING, seed) % len(SHAPES))
+    copies = count * TILES * TILES
+    draws = torch.from_numpy(keyed_uniform(8, DRAWING, seed, 1, np.arange(copies))).float()[..., None, None]
+    scale, angle, x, y, colour = draws[:, 0], draws[:, 1], draws[:, 2], draws[:, 3], draws[:, 4:7]
+    radius = 0.55 + 0.4 * scale                               # of half a tile, (copies, 1, 1)
+    angle = (2 * angle - 1) * math.radians(20)
+    grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1
+    dx = grid[None, None, :] - (2 * x - 1) * (1 - radius)     # from the copy's own centre, (copies, 1, TILE)
+    dy = grid[None, :, None] - (2 * y - 1) * (1 - radius)     # (copies, TILE, 1)
+    u = (angle.cos() * dx + angle.sin() * dy) / radius
+    v = (angle.cos() * dy - angle.sin() * dx) / radius
+    r = (u ** 2 + v ** 2).sqrt()
+    ink = torch.empty_like(r)
+    owner = labels.repeat_interleave(TILES * TILES)
+    for label, distance in enumerate(SHAPES.values()):
+        mine = owner == label
+        pixels = TILE / 2 * radius[mine]                      # per unit of distance: an edge is one pixel soft
+        ink[mine] = (0.5 - distance(u[mine], v[mine], r[mine]) * pixels).clamp(0, 1)
+
+    def lattice(tiles):                                       # (copies, c, TILE, TILE) -> (count, c, size, size)
+        c, side = tiles.shape[1], tiles.shape[2]
+        tiles = tiles.view(count, TILES, TILES, c, side, side).permute(0, 3, 1, 4, 2, 5)
+        return tiles.reshape(count, c, TILES * side, TILES * side)
+
+    clouds = torch.from_numpy(keyed_uniform(48, DRAWING, seed, 2, np.arange(count))).float().view(count, 3, 4, 4)
+    ground = F.interpolate(0.3 + 0.4 * clouds, size=TILE * TILES, mode="bicubic", align_corners=False)
+    shift = torch.where(colour < 0.5, -0.45 + 0.6 * colour, -0.15 + 0.6 * colour)     # +-0.15 to +-0.45
+    picture = ground + lattice(ink[:, None]) * lattice(shift.expand(-1, 3, TILE, TILE))
+    images = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    if size != TILE * TILES:
+        images = TF.resize(images, [size, size], antialias=True)
+    return Pictures("shapes", images, labels, list(SHAPES))
+
+
+# ---------------------------------------------------------------------- two views: host share
+
+FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDERING, GRAY, SIGMA = range(8)     # columns of params (N, 8)
+ORDERINGS = torch.tensor(list(itertools.permutations(range(4))))                 # (24, 4): of the jitter's four steps
+
+
+class TwoViews:
+    """Two random views of each image. Item (epoch, index) -> crops (2, 3, S, S) uint8, params (2, 8) float32, index.
+
+    Crop area `min_scale` to 1 of the image, aspect 3/4 to 4/3, resized to S; params as drawn by `draw_params`, for
+    `augment`. A function of (seed, epoch, index) alone. Augmentations: MoCo v2 (arXiv 2003.04297), there as here.
+    """
+
+    def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8,
+                 gray_p=0.2, blur_p=0.5):
+        self.dataset, self.size, self.seed, self.min_scale = dataset, image_size, seed, min_scale
+        self.strengths = dict(jitter=jitter, jitter_p=jitter_p, gray_p=gray_p, blur_p=blur_p)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items):
+        """A whole batch of items at once: torch's loader calls this where it exists."""
+        epochs, indices = np.array(items).T
+        images = [self.dataset[i][0] for i in indices]                                   # (3, H, W) uint8 each
+        draws = keyed_uniform(32, VIEWS, self.seed, epochs[:, None], indices[:, None], np.arange(2))     # (N, 2, 32)
+        heights, widths = (np.array([im.shape[side] for im in images])[:, None] for side in (1, 2))
+        boxes = draw_boxes(draws[..., :22], heights, widths, self.min_scale)             # (N, 2, 4)
+        params = draw_params(draws[..., 22:], **self.strengths)                          # (N, 2, 8)
+        crops = torch.empty(len(items), 2, 3, self.size, self.size, dtype=torch.uint8)
+        small = {}
+        for i, image in enumerate(images):
+            if max(image.shape) <= self.size:             # only ever enlarged: a whole batch at once
+                small.setdefault(image.shape, []).append(i)
+            else:
+                for view, (top, left, height, width) in enumerate(boxes[i].tolist()):
+                    crops[i, view] = TF.resized_crop(image, top, left, height, width, [self.size, self.size],
+                                                     antialias=True)
+        for members in small.values():
+            crops[members] = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
+        return [(crops[i], params[i], int(index)) for i, index in enumerate(indices)]
+
+
+def draw_boxes(u, height, width, min_scale):
+    """u (..., 22) uniform -> boxes (..., 4) int64 top, left, height, width: torchvision's RandomResizedCrop.
+
+    Ten tries at an area and an aspect, then the largest central crop of an allowed aspect.
+    """
+    height, width = np.broadcast_arrays(np.asarray(height)[..., None], np.asarray(width)[..., None])     # (..., 1)
+    area = height * width * (min_scale + (1 - min_scale) * u[..., :10])
+    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., 10:20])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))              # (..., 10)
+    central_w = np.minimum(width, np.rint(height * 4 / 3))                               # the 11th try always fits
+    central_h = np.minimum(height, np.rint(width * 4 / 3))
+    shape = np.broadcast_shapes(w.shape[:-1], width.shape[:-1]) + (1,)
+    w = np.concatenate([w, np.broadcast_to(central_w, shape)], -1)
+    h = np.concatenate([h, np.broadcast_to(central_h, shape)], -1)
+    first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(-1)[..., None]
+    w, h = np.take_along_axis(w, first, -1), np.take_along_axis(h, first, -1)            # (..., 1)
+    corner = np.where(first == 10, [(0.5, 0.5)], u[..., 20:22])
+    top = np.floor(corner[..., :1] * (height - h + 1))
+    left = np.floor(corner[..., 1:] * (width - w + 1))
+    return np.concatenate([top, left, h, w], -1).astype(np.int64)
+
+
+def draw_params(u, *, jitter, jitter_p, gray_p, blur_p):
+    """u (..., 10) uniform -> params (..., 8) float32, the columns FLIP to SIGMA; sigma 0 means no blur."""
+    params = np.zeros(u.shape[:-1] + (8,), np.float32)
+    params[..., FLIP] = u[..., 0] < 0.5
+    jittered = u[..., 1] < jitter_p
+    for column, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), jitter):
+        low = max(0.0, 1 - strength)
+        params[..., column] = np.where(jittered, low + (1 + strength - low) * u[..., 1 + column], 1)
+    params[..., HUE] = np.where(jittered, (2 * u[..., 5] - 1) * jitter[3], 0)            # in turns of the colour circle
+    params[..., ORDERING] = np.floor(u[..., 6] * 24)
+    params[..., GRAY] = u[..., 7] < gray_p
+    params[..., SIGMA] = np.where(u[..., 8] < blur_p, 0.1 + 1.9 * u[..., 9], 0)          # in pixels of the crop
+    return torch.from_numpy(params)
+
+
+def enlarge(images, boxes, size):
+    """images (B, 3, H, W) uint8, boxes (B, 2, 4) -> crops (B, 2, 3, size, size) uint8, bilinear.
+
+    The edge pixel is held beyond a crop's border, as where the crop is cut out first.
+    """
+    boxes = torch.from_numpy(boxes).flatten(0, 1).float()                                # (2B, 4)
+    steps = (torch.arange(size) + 0.5) / size
+
+    def positions(start, length, full):                       # of the output pixels in the image, scaled to [-1, 1]
+        pixel = start + (steps * length - 0.5).clamp(min=0).minimum(length - 1)          # (2B, size)
+        return 2 * pixel / max(full - 1, 1) - 1
+
+    y = positions(boxes[:, :1], boxes[:, 2:3], images.shape[2])
+    x = positions(boxes[:, 1:2], boxes[:, 3:], images.shape[3])
+    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
+    pixels = images.float().repeat_interleave(2, 0)                                      # (2B, 3, H, W)
+    crops = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return crops.round().to(torch.uint8).view(len(images), 2, 3, size, size)
+
+
+def collate(items):
+    """List of items -> crops (2, N, 3, S, S), params (2, N, 8), index (N,)."""
+    crops, params, index = zip(*items)
+    return torch.stack(crops, dim=1), torch.stack(params, dim=1), torch.tensor(index)
+
+
+def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
+    """Yield this process's (epoch, index) pairs of each step: the rank-th part of the global batch.
+
+    The global batch of step t of an epoch is permutation(seed, epoch)[t * batch : (t + 1) * batch]; the rest is dropped.
+    """
+    part = batch_size // world
+    for step in range(first_step, epochs * (n // batch_size)):
+        epoch, t = divmod(step, n // batch_size)
+        if t == 0 or step == first_step:
+            order = keyed_permutation(n, ORDER, seed, epoch)
+        start = t * batch_size + rank * part
+        yield [(epoch, int(i)) for i in order[start:start + part]]
+
+
+# ---------------------------------------------------------------------- two views: device share
+
+@torch.no_grad()
+def augment(crops, params):
+    """(N, 3, S, S) uint8, (N, 8) -> (N, 3, S, S) float, channels_last, normalised: a pure function, on any device.
+
+    Flip, colour jitter in each image's own order, gray, blur, as torchvision's functional transforms do them to float
+    images in [0, 1]; then ImageNet mean and std. Computes in torch's default dtype.
+    """
+    n, _, size, _ = crops.shape
+    out = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device,
+                      memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v, dtype=out.dtype, device=out.device).view(3, 1, 1) for v in (MEAN, STD))
+    # On a CPU, as many images at a time as stay in its cache.
+    chunk = max(1, 16 * 224 ** 2 // size ** 2) if crops.device.type == "cpu" else n
+    plan = params.cpu()                                       # which image needs which step: the one look at the host
+    for start in range(0, n, chunk):
+        rows = slice(start, start + chunk)
+        p, todo = params[rows].to(out.dtype), plan[rows]
+        x = crops[rows]
+        x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x).to(out.dtype).div_(255)
+        color_jitter_(x, p, todo)
+        for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
+        for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)
+        out[rows] = x.sub_(mean).div_(std)
+    return out
+
+
+def for_each(x, chosen, step, p):
+    """x[chosen] = step(x[chosen], p[chosen]), in place; `chosen` (N,) bool on the host."""
+    rows = chosen.nonzero().flatten()
+    if len(rows):
+        rows = rows.to(x.device, non_blocking=True)
+        x[rows] = step(x[rows], p[rows])
+
+
+def color_jitter_(x, p, todo):
+    """Brightness, contrast, saturation, hue, each image in its own order; x (N, 3, S, S) in [0, 1], in place."""
+    steps = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    neutral = (1, 1, 1, 0)
+    order = ORDERINGS[todo[:, ORDERING].long()]               # (N, 4): which step comes first, second, ...
+    for turn in range(4):
+        for number, step in enumerate(steps):
+            column = BRIGHTNESS + number
+            chosen = (order[:, turn] == number) & (todo[:, column] != neutral[number])
+            for_each(x, chosen, lambda part, q: step(part, q[:, column].view(-1, 1, 1, 1)), p)
+
+
+def luma(x):
+    """(N, 3, S, S) -> (N, 1, S, S): ITU-R 601 gray with torchvision's digits."""
+    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+
+
+def adjust_brightness(x, factor):
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, factor).clamp_(0, 1)
+
+
+def adjust_saturation(x, factor):
+    return torch.lerp(luma(x).expand_as(x), x, factor).clamp_(0, 1)
+
+
+def adjust_hue(x, turn):
+    """Turn the HSV hue by `turn` in [-0.5, 0.5]. With m and c the least channel and the range of a pixel, a channel is
+    m + c * clamp(triangle(hue)): the closed form of HSV -> RGB."""
+    r, g, b = x.unbind(1)                                     # (N, S, S)
+    turn = turn.view(-1, 1, 1)
+    low, high = x.amin(1), x.amax(1)
+    c = high - low
+    span = torch.where(c == 0, 1, c)
+    hue = torch.where(high == r, (g - b) / span, torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4))
+    hue = (hue + 6 * turn).remainder_(6)                      # in sixths of the circle
+    red = (hue - 3).abs_().sub_(1).clamp_(0, 1)
+    green = (hue - 2).abs_().neg_().add_(2).clamp_(0, 1)
+    blue = (hue - 4).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.stack([red, green, blue], 1).mul_(c[:, None]).add_(low[:, None])
+
+
+def gaussian_blur(x, sigma):
+    """x (N, 3, S, S), sigma (N,) pixels: 13 taps, mirrored at the border, one product by a band matrix each way."""
+    n, _, size, _ = x.shape
+    taps = torch.arange(-6, 7, device=x.device)
+    weight = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, 1)                       # (N, 13), sums to 1
+    source = torch.arange(size, device=x.device)[:, None] + taps                         # (S, 13)
+    period = 2 * max(size - 1, 1)
+    source = source.remainder(period)
+    source = torch.minimum(source, period - source)                                      # mirrored into the image
+    band = torch.zeros(n, size, size, dtype=x.dtype, device=x.device)
+    band.scatter_add_(2, source.expand(n, -1, -1), weight[:, None].to(x.dtype).expand(-1, size, -1))
+    rows = torch.bmm(x.reshape(n, 3 * size, size), band.transpose(1, 2))                 # along the width
+    return torch.matmul(band[:, None], rows.view(n, 3, size, size))                      # along the height
+
+
+# ---------------------------------------------------------------------- the view for evaluation
+
+class CenterView:
+    """Item index -> (3, S, S) uint8, label, index: short side to 256/224 of S, centre crop; S <= 64: plain resize."""
+
+    def __init__(self, dataset, image_size):
+        self.dataset, self.size = dataset, image_size
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        size = self.size
+        if size <= SMALL:
+            image = image if image.shape[1:] == (size, size) else TF.resize(image, [size, size], antialias=True)
+        else:
+            image = TF.center_crop(TF.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
+        return image, label, int(index)
+
+
+def normalize(images):
+    """(N, 3, S, S) uint8 -> float, channels_last, ImageNet mean and std: `augment` with nothing to do."""
+    params = torch.zeros(len(images), 8, device=images.device)
+    params[:, BRIGHTNESS:HUE] = 1
+    return augment(images, params)
+
+
+# ---------------------------------------------------------------------- pictures, and this file as a program
+
+def ignore_signals(_):
+    """For loader workers: Ctrl-C and SIGTERM reach the whole process group, but only the trainer acts on them."""
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def draw_view_pairs(two_views, path, count=8):
+    """Write a picture: for each of `count` images a column with its two views of epoch 0."""
+    count = min(count, len(two_views))
+    indices = keyed_permutation(len(two_views), SAMPLE, two_views.seed)[:count]
+    crops, params, _ = collate(two_views.__getitems__([(0, int(i)) for i in indices]))
+    write_grid(augment(crops.flatten(0, 1), params.flatten(0, 1)), path, columns=count)
+
+
+def write_grid(images, path, columns):
+    """Normalised float images (N, 3, S, S) -> one PNG, enlarged to about 96 px an image."""
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (MEAN, STD))
+    grid = make_grid((images * std + mean).clamp(0, 1).cpu().float(), nrow=columns, padding=2, pad_value=1.0)
+    factor = max(1, round(96 / images.shape[2]))
+    grid = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    write_png((grid * 255).round().to(torch.uint8), str(path))
+
+
+def describe(name):
+    """Print what load_dataset finds, decoding every file, and draw view pairs of the train split."""
+    for split in ("train", "val"):
+        if split == "val" and not has_val(name):
+            print("val: none (lineval.py holds out a fifth of the labelled images)")
+            continue
+        dataset = load_dataset(name, split)
+        modes, sizes, broken = {}, [], []
+
+        def check(i):
+            try:
+                if isinstance(dataset, Files):
+                    with Image.open(dataset.path(i)) as file:
+                        mode = f"{file.format} {file.mode}"
+                else:
+                    mode = "RGB in memory"
+                return mode, dataset[i][0].shape[1:]
+            except Exception:
+                return None
+
+        with ThreadPoolExecutor() as pool:
+            for i, found in enumerate(pool.map(check, range(len(dataset)))):
+                if found is None:
+                    broken.append(dataset.path(i))
+                else:
+                    modes[found[0]] = modes.get(found[0], 0) + 1
+                    sizes.append(tuple(found[1]))
+        counts = torch.bincount(dataset.labels[dataset.labels >= 0], minlength=len(dataset.classes)).tolist()
+        unlabelled = int((dataset.labels < 0).sum())
+        print(f"{split}: {len(dataset)} images of {dataset.name}"
+              + (f", {len(dataset.classes)} classes of {min(counts)} to {max(counts)} images" if dataset.classes else "")
+              + (f", {unlabelled} without a label" if unlabelled else ""))
+        if sizes:
+            heights, widths = np.array(sizes).T
+            print(f"  height {heights.min()} to {heights.max()} px (median {np.median(heights):.0f}), "
+                  f"width {widths.min()} to {widths.max()} px (median {np.median(widths):.0f})")
+            print("  " + ", ".join(f"{mode}: {count}" for mode, count in sorted(modes.items())))
+        print(f"  files that cannot be read: {len(broken)}" + "".join(f"\n    {path}" for path in broken))
+        if split == "train":
+            train, bad = dataset, bool(broken)
+    if bad:
+        raise UserError("no view pairs drawn: remove or replace the files named above first")
+    draw_view_pairs(TwoViews(train, default_image_size(train)), "view_pairs.png")
+    print("view pairs, one image a column: view_pairs.png")
+
+
+def default_image_size(dataset):
+    """224 px, or what the images have if that is less: the median short side of 16 of them, in multiples of 8."""
+    picks = keyed_permutation(len(dataset), SAMPLE, 0)[:16]
+    short = int(np.median([min(dataset[int(i)][0].shape[1:]) for i in picks]))
+    return min(224, max(16, short // 8 * 8))
+
+
+def exit_with(error):
+    """Print one line for a UserError and exit with code 2. A loader worker's error brings its traceback: its last line."""
+    print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        exit_with("usage: python data.py PATH, or one of shapes, " + ", ".join(TORCHVISION))
+    try:
+        describe(sys.argv[1])
+    except UserError as error:
+        exit_with(error)

@@ -1,0 +1,140 @@
+"""Soft InfoNCE: tell an image's other view from a queue of other images, without trusting that they all differ.
+
+A query q (one view) has a positive key k (the other view) and K negative keys (other images, kept in a queue):
+
+    logits = [q.k, q.queue_1, ..., q.queue_K] / temperature                                   N x (1 + K)
+    p      = softmax(logits)
+    loss   = - sum_j target_j log p_j          the mean over the N queries
+
+InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But a view may be a bad positive, and among K keys some
+show the query's own class. [Light] (arXiv 2212.07158) therefore smooths the target: 1 - s on the positive, and s on the
+negatives most similar to the query. That needs no N x (1 + K) target, since the target is zero almost everywhere:
+
+    loss = logsumexp(logits) - (1 - s) logit_pos - sum_j w_j logit_(j)      (j): the j-th nearest key in the queue
+"""
+import torch
+import torch.nn.functional as F
+
+WEIGHTINGS = ("uniform", "tiered", "geometric")
+
+
+def neighbor_weights(neighbors, weighting="uniform"):
+    """Shares of the smoothing mass by rank, nearest first: (neighbors,) float64, sums to 1, never increasing.
+
+    "uniform"; "tiered": half on the first 10 %, a quarter on the next 30 %, a quarter on the rest (at least 3 neighbors);
+    "geometric": halving with the rank, the last two equal. The three are ours in their details; the idea is [Light]'s.
+    """
+    if weighting == "uniform":
+        return torch.full((neighbors,), 1 / neighbors, dtype=torch.float64)
+    if weighting == "tiered":
+        if neighbors < 3:
+            raise ValueError(f"neighbors must be at least 3 for weighting='tiered', not {neighbors}")
+        first = max(1, round(0.1 * neighbors))
+        second = max(first + 1, round(0.4 * neighbors))
+        sizes = torch.tensor([first, second - first, neighbors - second])
+        return (torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64) / sizes).repeat_interleave(sizes)
+    if weighting == "geometric":
+        shares = 0.5 ** torch.arange(1, neighbors + 1, dtype=torch.float64)
+        shares[-1] = 1 - shares[:-1].sum()                    # 1/2, 1/4, ..., 1/2^(n-1), 1/2^(n-1)
+        return shares
+    raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
+
+
+def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weighting="uniform"):
+    """Smoothed InfoNCE ([Light], section 3; ours in the details named above) -> (loss, info).
+
+    q (N, D), k (N, D), queue (K, D): rows of unit length. The target is 1 - smoothing on the positive, and smoothing on
+    the `neighbors` most similar rows of the queue, shared by `neighbor_weights`, or evenly on all K for neighbors=0
+    (ordinary label smoothing); smoothing=0 is plain InfoNCE. Only q receives a gradient. Computed in float32 or wider
+    and without TF32, whatever autocast says. info, detached: accuracy (scalar: share of queries whose positive is
+    strictly above every negative), positive (N,) and nearest (N,), cosines of the positive and of the nearest negative,
+    neighbors (N, neighbors) rows of the queue, nearest first. Raises ValueError for arguments out of range.
+    """
+    check(q, k, queue, temperature, smoothing, neighbors)
+    weights = smoothing * neighbor_weights(neighbors, weighting) if neighbors else None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(q.device.type, enabled=False):
+            return SoftInfoNCE.run(q.to(wide), k.detach().to(wide), queue.detach().to(wide),
+                                   float(temperature), float(smoothing), weights)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class SoftInfoNCE(torch.autograd.Function):
+    """Value and gradient in one pass over one N x K buffer.
+
+    The gradient of a cross-entropy with respect to its logits is softmax minus target, so it is ready as soon as the
+    softmax is: the buffer of logits is turned into it in place, and nothing of size N x K is kept for backward.
+    `definition` says the same in terms that autograd can follow, at four times the memory.
+    """
+
+    @staticmethod
+    def definition(q, k, queue, temperature, smoothing, weights):
+        """The loss as the formula above; weights (n,) is already multiplied by smoothing. Kept to be read and tested."""
+        positive = (q * k).sum(1)                                                # (N,)
+        negative = q @ queue.T                                                   # (N, K)
+        logits = torch.cat([positive[:, None], negative], 1) / temperature       # (N, 1 + K)
+        nearest = logits[:, 1:] if weights is None else logits[:, 1:].topk(len(weights)).values
+        soft = smoothing * nearest.mean(1) if weights is None else nearest @ weights.to(q)
+        return (logits.logsumexp(1) - (1 - smoothing) * logits[:, 0] - soft).mean()
+
+    @classmethod
+    def run(cls, q, k, queue, temperature, smoothing, weights):
+        loss, accuracy, positive, nearest, rows = cls.apply(q, k, queue, temperature, smoothing, weights)
+        return loss, {"accuracy": accuracy, "positive": positive, "nearest": nearest, "neighbors": rows}
+
+    @staticmethod
+    def forward(ctx, q, k, queue, temperature, smoothing, weights):
+        n, size = len(q), len(queue)
+        positive = (q * k).sum(1)                                                # (N,) cosines
+        logits = q @ queue.T                                                     # (N, K) cosines until div_
+        top, rows = logits.topk(1 if weights is None else len(weights))          # nearest first
+        nearest = top[:, 0]
+        pos, top = positive / temperature, top / temperature
+        peak = torch.maximum(pos, top[:, 0])                                     # the greatest logit: exp stays <= 1
+        if weights is None:
+            soft = smoothing * (q @ queue.mean(0)) / temperature                 # mean of all K logits, without the N x K
+            rows = rows[:, :0]
+        else:
+            weights = weights.to(q)
+            soft = top @ weights
+        logits.div_(temperature).sub_(peak[:, None]).exp_()
+        p_pos = (pos - peak).exp()
+        partition = logits.sum(1) + p_pos                                        # (N,)
+        loss = (partition.log() + peak - (1 - smoothing) * pos - soft).mean()
+        if ctx.needs_input_grad[0]:
+            gradient = logits.div_(partition[:, None])                           # softmax ...
+            if weights is None:
+                gradient.sub_(smoothing / size)                                  # ... minus target
+            else:
+                gradient.scatter_add_(1, rows, -weights.expand(n, -1))
+            toward_k = p_pos / partition - (1 - smoothing)
+            gradient = torch.addmm(toward_k[:, None] * k, gradient, queue)       # (N, D)
+            ctx.save_for_backward(gradient.div_(n * temperature))
+        info = (positive > nearest).to(q.dtype).mean(), positive, nearest, rows
+        ctx.mark_non_differentiable(*info)
+        return loss, *info
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        return upstream * ctx.saved_tensors[0], None, None, None, None, None
+
+
+def check(q, k, queue, temperature, smoothing, neighbors):
+    """Raise ValueError naming the argument, the value seen and the range."""
+    for name, rows in (("q", q), ("k", k), ("queue", queue)):
+        if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
+            raise ValueError(f"{name} must be a non-empty float matrix, not {tuple(rows.shape)} {rows.dtype}")
+    if q.shape != k.shape or q.shape[1] != queue.shape[1]:
+        raise ValueError(f"k must be shaped as q {tuple(q.shape)} and queue (K, {q.shape[1]}), "
+                         f"not {tuple(k.shape)} and {tuple(queue.shape)}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, not {temperature}")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must lie in [0, 1], not {smoothing}")
+    if neighbors != int(neighbors) or not 0 <= neighbors <= len(queue):
+        raise ValueError(f"neighbors must be a whole number from 0 to the queue's {len(queue)} rows, not {neighbors}")

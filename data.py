@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import datasets as tv_datasets
 from torchvision.io import ImageReadMode, decode_image, write_png
 from torchvision.transforms.v2 import functional as TF
@@ -573,9 +572,15 @@ def default_image_size(dataset):
     return min(224, max(16, short // 8 * 8))
 
 
+def last_line(error):
+    """The message of an error, without the traceback that a loader worker puts before it."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+
+
 def exit_with(error):
-    """Print one line for a UserError and exit with code 2. A loader worker's error brings its traceback: its last line."""
-    print("error: " + str(error).strip().splitlines()[-1].removeprefix("data.UserError: "), file=sys.stderr)
+    """Print one line for a UserError and exit with code 2; of several processes with the same error the first prints."""
+    if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_process", False):
+        print("error: " + last_line(error), file=sys.stderr, flush=True)
     sys.exit(2)
 
 

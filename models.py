@@ -16,12 +16,36 @@ from torch import nn
 BN_MOMENTUM = 0.1     # everywhere, as in both papers' code; torchvision's 0.01 for MobileNetV3 lags behind training
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that, in training, normalises each `slice_size` images (None: all) on their own, as if each slice had a
+    GPU of its own. The running statistics move once a forward, towards the mean over the slices.
+
+    Slicing here and not around the whole network leaves the convolutions their full batch: up to 2 x faster on a CPU.
+    """
+    slice_size = None
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__(channels, eps, momentum=BN_MOMENTUM)
+
+    def forward(self, x):                                     # (N, C, H, W)
+        if not self.training or self.slice_size is None or len(x) <= self.slice_size:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        slices = x.split(self.slice_size)
+        count, m, out = len(slices), self.momentum, []
+        for i, part in enumerate(slices, start=1):
+            # With these momenta, `count` updates equal one update by their mean.
+            momentum = m / (count - m * (count - i))
+            out.append(F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps))
+        return torch.cat(out)
+
+
 # ---------------------------------------------------------------------- pieces of MobileNetV3 and EfficientNet-B0
 
 def conv_bn(c_in, c_out, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
     """Convolution, batch norm, activation (`act=None`: none); the resolution changes by `stride` alone."""
     layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-              nn.BatchNorm2d(c_out, eps, BN_MOMENTUM)]
+              BatchNorm2d(c_out, eps)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
@@ -179,9 +203,9 @@ class BasicBlock(nn.Module):
     def __init__(self, c_in, width, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width, momentum=BN_MOMENTUM)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width, momentum=BN_MOMENTUM)
+        self.bn2 = BatchNorm2d(width)
         self.downsample = shortcut(c_in, width, stride)
         nn.init.zeros_(self.bn2.weight)     # the branch starts at zero, as [Light]'s code (arXiv 1706.02677, 5.1)
 
@@ -199,11 +223,11 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in, width, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width, momentum=BN_MOMENTUM)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width, momentum=BN_MOMENTUM)
+        self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width, momentum=BN_MOMENTUM)
+        self.bn3 = BatchNorm2d(4 * width)
         self.downsample = shortcut(c_in, 4 * width, stride)
         nn.init.zeros_(self.bn3.weight)
 
@@ -228,7 +252,7 @@ class ResNet(nn.Module):
         self.feature_dim = 512 * block.expansion
         self.small_images = small_images
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small_images else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64, momentum=BN_MOMENTUM)
+        self.bn1 = BatchNorm2d(64)
         channels = 64
         for stage, (width, depth) in enumerate(zip((64, 128, 256, 512), depths), start=1):
             blocks = []
@@ -286,38 +310,21 @@ class Encoder(nn.Module):
     """Backbone, projection head, unit length: (N, 3, H, W) -> (N, dim).
 
     The head is Linear, ReLU, Linear (MoCo v2, arXiv 2003.04297); `hidden_dim=0` makes it one linear layer (MoCo v1).
-    In training, each `slice_size` images (None: the whole batch) are normalised on their own, as if on a GPU of their
-    own, and the running statistics move once a forward, towards the mean over the slices.
+    In training, batch norm takes each `slice_size` images (None: the whole batch) on their own.
     """
 
     def __init__(self, arch, dim=128, hidden_dim=2048, small_images=False, slice_size=None):
         super().__init__()
-        self.slice_size = slice_size
         self.backbone = build_backbone(arch, small_images)
+        for layer in self.backbone.modules():
+            if isinstance(layer, BatchNorm2d):
+                layer.slice_size = slice_size
         width = self.backbone.feature_dim
         self.head = nn.Linear(width, dim) if hidden_dim == 0 else nn.Sequential(
             nn.Linear(width, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim))
 
-    def embed(self, x):
-        return F.normalize(self.head(self.backbone(x)), dim=1)
-
     def forward(self, x):                                     # (N, 3, H, W)
-        slices = x.split(self.slice_size) if self.training and self.slice_size else [x]
-        if len(slices) == 1:
-            return self.embed(x)
-        # .data, since autograd takes them for inputs of the backward pass, which in training mode does not read them.
-        running = [b.data for b in self.buffers() if b.is_floating_point()]
-        counts = [b.data for b in self.buffers() if not b.is_floating_point()]
-        before = [b.clone() for b in running]
-        total = [torch.zeros_like(b) for b in running]
-        out = []
-        for part in slices:                                   # (n, 3, H, W)
-            torch._foreach_copy_(running, before)             # every slice starts from the same statistics, ...
-            out.append(self.embed(part))
-            torch._foreach_add_(total, running, alpha=1 / len(slices))
-        torch._foreach_copy_(running, total)                  # ... and what stays is the mean of what they made of it
-        torch._foreach_sub_(counts, len(slices) - 1)
-        return torch.cat(out)                                 # (N, dim)
+        return F.normalize(self.head(self.backbone(x)), dim=1)      # (N, dim)
 
 
 @torch.no_grad()

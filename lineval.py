@@ -1,0 +1,652 @@
+"""Stage 2: what is in the frozen features.
+
+    python lineval.py                                     # the newest run
+    python lineval.py runs/A runs/B                       # side by side
+    python lineval.py RUN --data OTHER                    # transfer to another dataset
+    python lineval.py --weights FILE --arch resnet18 --data PATH      # any state dict with torchvision's names
+
+Extracts the features once, then: linear probe, kNN, best-NN, and the second paper's view of the representation space
+([Small], arXiv 2107.14762, section 3), all next to the same network with random weights. Labels are used here only.
+Writes lineval.json, neighbors.png, map.png and soft_positives.png into the run's folder.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import data
+from data import UserError
+from models import ARCHS, build_backbone
+
+HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
+FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")      # torchvision's 1000-class layers
+LRS, DECAYS = (0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 1e-6, 1e-5, 1e-4)      # the probe's grid, on features of length about 1
+
+
+# ---------------------------------------------------------------------- weights and datasets
+
+def load_file(path):
+    """A checkpoint as plain tensors, numbers and strings; anything else is named and not loaded (weights_only)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: pass the path of a checkpoint") from None
+    except Exception as error:     # truncated zip, pickle with code, garbage: torch raises many types
+        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: truncated, or not plain weights); nothing in it was "
+                        f"run: use another copy, or start afresh with --restart if it is a run's last.pt") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+    return content
+
+
+def load_weights(backbone, path, encoder="query"):
+    """Fill `backbone` from a state dict with torchvision's names, or from a run's last.pt (`encoder`: query or key)."""
+    weights = load_file(path)
+    part = {"query": "encoder", "key": "key_encoder"}[encoder]
+    if "settings" in weights and part in weights:
+        weights = {k.removeprefix("backbone."): v for k, v in weights[part].items() if k.startswith("backbone.")}
+    own = backbone.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    extra = sorted(k for k in weights.keys() - own.keys() if not str(k).startswith(FINAL_LAYERS))
+    wrong = sorted(k for k in own.keys() & weights.keys() if getattr(weights[k], "shape", None) != own[k].shape)
+    if missing or extra or wrong:
+        what = f"no {missing[0]}" if missing else f"an unknown {extra[0]}" if extra else f"another shape of {wrong[0]}"
+        raise UserError(f"{path} does not fit this network ({what}): pass the --arch (and image size) it was made with")
+    backbone.load_state_dict({k: weights[k] for k in own})
+
+
+def labelled_splits(name, seed=0, train=None):
+    """train, train_rows, val, val_rows (labelled rows of each dataset), classes, note. Where there is no val split,
+    a keyed fifth of train is held out. Raises UserError for no labels or one class."""
+    train = train or data.load_dataset(name, "train")
+    train_rows, note = (train.labels >= 0).nonzero().flatten(), ""
+    if data.has_val(name):
+        val = data.load_dataset(name, "val")
+        val_rows = (val.labels >= 0).nonzero().flatten()
+    else:
+        val = train
+        order = train_rows[torch.from_numpy(data.keyed_permutation(len(train_rows), data.HOLD_OUT, seed))]
+        cut = round(HELD_OUT * len(order))
+        val_rows, train_rows = order[:cut].sort().values, order[cut:].sort().values
+        note = f"no val split: {cut} of {len(order)} images held out (keyed by the seed; pretraining saw them, unlabelled)"
+    classes = len(train.labels[train_rows].unique())
+    if classes < 2 or not len(val_rows):
+        what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"
+        raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: evaluation needs "
+                        f"a folder for each of at least 2 classes, or a labelled dataset by --data")
+    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes, note=note)
+
+
+# ---------------------------------------------------------------------- features
+
+def world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()
+def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0, batch_size=256):
+    """Outputs (len(rows), F) of `net` for the evaluation view of each row, on the CPU; shared out between processes.
+
+    float32, or float16 where that would pass 2 GiB. The caller sets eval mode.
+    """
+    rows = torch.arange(len(dataset)) if rows is None else rows
+    rank, size = world()
+    each = math.ceil(len(rows) / size)
+    mine = rows[(torch.arange(rank * each, (rank + 1) * each)).clamp(max=len(rows) - 1)]      # padded with the last row
+    loader = DataLoader(Subset(data.CenterView(dataset, image_size), mine.tolist()), batch_size, num_workers=workers,
+                        worker_init_fn=data.ignore_signals, pin_memory=str(device).startswith("cuda"))
+    features, at = None, 0
+    for images, _, _ in loader:
+        out = net(data.normalize(images.to(device)))
+        if features is None:
+            half = 4 * len(rows) * out.shape[1] > 2 ** 31
+            features = torch.empty(len(mine), out.shape[1], dtype=torch.float16 if half else torch.float32)
+        features[at:at + len(out)] = out.float()
+        at += len(out)
+    if size > 1:
+        parts = [torch.empty_like(features, device=device) for _ in range(size)]
+        dist.all_gather(parts, features.to(device))
+        features = torch.cat([part.cpu() for part in parts])
+    return features[:len(rows)]
+
+
+@torch.no_grad()
+def view_features(backbone, two_views, rows, *, device="cpu", workers=0, batch_size=128):
+    """Features of two augmented views of each row -> two tensors (len(rows), F)."""
+    batches = [[(0, int(i)) for i in part] for part in rows.split(batch_size)]
+    loader = DataLoader(two_views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
+                        worker_init_fn=data.ignore_signals)
+    out = [torch.stack([backbone(data.augment(c.to(device), p)) for c, p in zip(crops, params)]).float().cpu()
+           for crops, params, _ in loader]
+    return torch.cat(out, 1).unbind(0)
+
+
+@torch.no_grad()
+def estimate_batch_norm(backbone, dataset, rows, image_size, *, device="cpu", seed=0, batches=16, batch_size=128):
+    """Set a random network's running statistics to the mean over some batches of the data, so that it is an honest baseline."""
+    layers = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None                                 # cumulative mean
+    order = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, seed, 1))]
+    view = data.CenterView(dataset, image_size)
+    backbone.train()
+    for part in order.split(batch_size)[:batches]:
+        if len(part) > 1:
+            backbone(data.normalize(torch.stack([view[int(i)][0] for i in part]).to(device)))
+    backbone.eval()
+
+
+# ---------------------------------------------------------------------- probes
+
+def neighbors_of(val_x, train_x, k, device, squared_distance=False, chunk=1 << 27):
+    """Values and rows of the k nearest rows of train_x for every row of val_x, in chunks of pairs: two (V, k) tensors.
+
+    Similarity is the inner product, or minus the squared Euclidean distance.
+    """
+    values, rows = [], []
+    step = max(1, min(1024, chunk // len(train_x)))
+    block = max(k, 1 << 17)
+    for part in val_x.split(step):
+        part = part.to(device).float()
+        best = None
+        for start in range(0, len(train_x), block):
+            x = train_x[start:start + block].to(device).float()
+            near = part @ x.T
+            if squared_distance:
+                near = 2 * near - x.square().sum(1) - part.square().sum(1, keepdim=True)
+            top = near.topk(min(k, len(x)))
+            found = (top.values, top.indices + start)
+            best = found if best is None else [torch.cat(pair, 1) for pair in zip(best, found)]
+            order = best[0].topk(min(k, best[0].shape[1])).indices
+            best = [t.gather(1, order) for t in best]
+        values.append(best[0].cpu()), rows.append(best[1].cpu())
+    return torch.cat(values), torch.cat(rows)
+
+
+def unit(x):
+    """Rows of length 1, in x's own type (float16 stays float16), by chunks."""
+    return torch.cat([F.normalize(part.float(), dim=1, eps=1e-30).to(x.dtype) for part in x.split(65536)])
+
+
+def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, device="cpu"):
+    """Weighted kNN of arXiv 1805.01978, section 3.4: votes exp(cosine / temperature) of the k nearest training features.
+
+    k is at most the mean size of a class, so that a small dataset's neighborhood is not most of it.
+    """
+    classes = int(train_y.max()) + 1
+    k = max(1, min(k, len(train_x) // len(train_y.unique())))
+    similarity, rows = neighbors_of(unit(val_x), unit(train_x), k, device)
+    votes = torch.zeros(len(val_x), classes).scatter_add_(1, train_y[rows], ((similarity - 1) / temperature).exp())
+    return (votes.argmax(1) == val_y).float().mean().item()
+
+
+def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
+    """Best-NN of [Small]: unweighted vote of the k nearest by Euclidean distance -> (accuracy, k) of the best odd k.
+
+    k is chosen on the validation set itself, as the paper does. Of classes with equal votes the first wins.
+    """
+    _, rows = neighbors_of(val_x, train_x, min(max_k, len(train_x)), device, squared_distance=True)
+    near = train_y[rows]                                                         # (V, k)
+    classes = int(train_y.max()) + 1
+    votes = -1e-6 * torch.arange(classes, dtype=torch.float64).repeat(len(val_x), 1)
+    best = (-1.0, 0)
+    for k in range(1, near.shape[1] + 1):
+        votes.scatter_add_(1, near[:, k - 1:k], torch.ones(len(val_x), 1, dtype=torch.float64))
+        if k % 2:
+            accuracy = (votes.argmax(1) == val_y).float().mean().item()
+            best = max(best, (accuracy, k), key=lambda found: found[0])
+    return best
+
+
+def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=3000, batch_size=512):
+    """Softmax regressions, one for each (lr, weight decay) of `grid`, trained together -> weight (G, F, C), bias (G, 1, C).
+
+    SGD with momentum 0.9 and a cosine; batches are keyed permutations; every probe sees the same batches.
+    """
+    lr, decay = (torch.tensor(v, device=device).view(-1, 1, 1) for v in zip(*grid))
+    weight = torch.zeros(len(grid), x.shape[1], classes, device=device)
+    bias = torch.zeros(len(grid), 1, classes, device=device)
+    speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
+    batch_size = min(batch_size, len(x))
+    per_epoch = len(x) // batch_size
+    steps = max(steps, 10 * per_epoch)
+    for step in range(steps):
+        epoch, t = divmod(step, per_epoch)
+        if t == 0:
+            order = torch.from_numpy(data.keyed_permutation(len(x), data.ORDER, seed, epoch))
+        rows = order[t * batch_size:(t + 1) * batch_size]
+        batch, labels = (x[rows].to(device).float() - mean) * scale, y[rows].to(device)        # (B, F), (B,)
+        error = torch.matmul(batch, weight).add_(bias).softmax(2)                              # (G, B, C) ...
+        error[:, torch.arange(len(rows), device=device), labels] -= 1                          # softmax minus target
+        error /= len(rows)
+        now = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        speed_w.mul_(0.9).add_(torch.matmul(batch.T, error)).add_(decay * weight)
+        speed_b.mul_(0.9).add_(error.sum(1, keepdim=True))
+        weight.sub_(now * speed_w), bias.sub_(now * speed_b)
+    return weight, bias
+
+
+def probe_scores(x, mean, scale, weight, bias, device):
+    return torch.cat([(torch.matmul((part.to(device).float() - mean) * scale, weight) + bias).cpu() for part in x.split(8192)], 1)
+
+
+@torch.no_grad()
+def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=None, steps=3000):
+    """Linear classification of cached features -> dict of top1, top5 (on val), lr, weight_decay, held_out accuracy.
+
+    Features are standardised with the training set's statistics and divided by the square root of their number. The
+    grid is trained on nine tenths of train and judged on the rest; the winner is trained again on all of it.
+    """
+    grid = grid or [(lr, decay) for lr in LRS for decay in DECAYS]
+    parts = [train_x[i:i + 65536].to(device).double() for i in range(0, len(train_x), 65536)]
+    mean = sum(p.sum(0) for p in parts) / len(train_x)
+    var = sum((p - mean).square().sum(0) for p in parts) / len(train_x)
+    alive = var > 1e-12 * var.max()                           # relative: deep random features can be tiny, constant ones are 0
+    scale = (torch.where(alive, var, torch.inf).rsqrt() / math.sqrt(train_x.shape[1])).float()
+    mean, classes = mean.float(), int(max(train_y.max(), val_y.max())) + 1
+    del parts
+    winner, held_out = grid[0], float("nan")
+    if len(grid) > 1:
+        order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
+        judge, learn = order.tensor_split([max(1, len(order) // 10)])
+        fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, seed=seed, device=device, steps=steps)
+        scores = probe_scores(train_x[judge], mean, scale, *fitted, device)      # (G, J, C)
+        accuracy = (scores.argmax(2) == train_y[judge]).float().mean(1)
+        winner, held_out = grid[int(accuracy.argmax())], accuracy.max().item()
+    weight, bias = train_probes(train_x, train_y, mean, scale, classes, [winner], seed=seed, device=device, steps=steps)
+    ranked = probe_scores(val_x, mean, scale, weight, bias, device)[0].topk(min(5, classes)).indices
+    right = ranked == val_y[:, None]
+    return {"top1": right[:, 0].float().mean().item(), "top5": right.any(1).float().mean().item(),
+            "lr": winner[0], "weight_decay": winner[1], "held_out": held_out}
+
+
+def augmented_probe(backbone, splits, val_x, image_size, *, arch, seed, device, workers, epochs=100, batch_size=256):
+    """The papers' protocol: a linear layer on the frozen network, a new random crop and flip of each image every epoch.
+
+    SGD, momentum 0.9, no weight decay, a cosine; lr 30 a 256 images for ResNet (MoCo), 3 for the small networks (SEED,
+    arXiv 2101.04731) -> top-1 on val.
+    """
+    lr = 30 if arch.startswith("resnet") else 3
+    classes = len(splits.names)
+    layer = nn.Linear(backbone.feature_dim, classes).to(device)
+    nn.init.normal_(layer.weight, 0, 0.01, generator=None), nn.init.zeros_(layer.bias)
+    views = data.TwoViews(Subset(splits.train, splits.train_rows.tolist()), image_size, seed, min_scale=0.08, jitter_p=0,
+                          gray_p=0, blur_p=0)
+    batch_size = min(batch_size, len(views))
+    steps = epochs * (len(views) // batch_size)
+    optimizer = torch.optim.SGD(layer.parameters(), lr, 0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    loader = DataLoader(views, batch_sampler=data.schedule(len(views), batch_size, epochs, seed), collate_fn=data.collate,
+                        num_workers=workers, worker_init_fn=data.ignore_signals)
+    labels = splits.train.labels[splits.train_rows]
+    for crops, params, index in loader:
+        with torch.no_grad():
+            features = backbone(data.augment(crops[0].to(device), params[0]))
+        optimizer.zero_grad()
+        F.cross_entropy(layer(features), labels[index].to(device)).backward()
+        optimizer.step(), schedule.step()
+    with torch.no_grad():
+        right = layer(val_x.to(device).float()).argmax(1).cpu() == splits.val.labels[splits.val_rows]
+    return right.float().mean().item()
+
+
+# ---------------------------------------------------------------------- representation space
+
+def pair_sums(x, labels, t=2.0, chunk=2048):
+    """Over all ordered pairs i != j of unit rows x (N, F): sums of squared distance and counts within and between classes,
+    and the mean of exp(-t d^2)."""
+    n, total_exp, same_sum, all_sum = len(x), 0.0, torch.zeros(int(labels.max()) + 1, dtype=torch.float64), 0.0
+    for start in range(0, n, chunk):
+        d2 = (2 - 2 * x[start:start + chunk] @ x.T).clamp_(min=0)                # (B, N)
+        d2[torch.arange(len(d2)), torch.arange(start, start + len(d2))] = 0
+        same = labels[start:start + chunk, None] == labels
+        same_sum.scatter_add_(0, labels[start:start + chunk], (d2 * same).sum(1).double())
+        all_sum += d2.double().sum().item()
+        total_exp += (-t * d2).exp().double().sum().item()
+    return same_sum, all_sum, (total_exp - n) / (n * (n - 1))      # the n pairs i = i added exp(0) each
+
+
+@torch.no_grad()
+def representation_space(original, view1, view2, labels):
+    """Measures of [Small], section 3, on unit-length features of images and two augmented views of them, each (N, F).
+
+    All pairs, where the paper's code samples three batches of 128 for uniformity. Of them inter-class distance,
+    over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats.
+    """
+    original, view1, view2 = (unit(x.float()) for x in (original, view1, view2))
+
+    def retrieved(x, positive):
+        """Share of x whose positive is more similar than every other row of x."""
+        right = 0
+        for start in range(0, len(x), 2048):
+            near = x[start:start + 2048] @ x.T
+            near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf
+            right += (near.amax(1) < (x[start:start + 2048] * positive[start:start + 2048]).sum(1)).sum().item()
+        return right / len(x)
+
+    out = {"instance_discrimination": retrieved(original, view1), "instance_discrimination_views": retrieved(view1, view2),
+           "alignment": (original - view1).square().sum(1).mean().item(),
+           "alignment_views": (view1 - view2).square().sum(1).mean().item()}
+    counts = torch.bincount(labels).double()
+    pairs = counts * (counts - 1)
+    for x, suffix in ((original, ""), (view1, "_views")):
+        same, every, potential = pair_sums(x, labels)
+        intra = (same[pairs > 0] / pairs[pairs > 0]).mean().item()
+        inter = (every - same.sum().item()) / (len(x) * (len(x) - 1) - pairs.sum().item())
+        out |= {"uniformity" + suffix: math.log(potential), "intra_class" + suffix: intra, "inter_class" + suffix: inter,
+                "over_clustering" + suffix: intra / inter}
+    singular = torch.linalg.svdvals((original - original.mean(0)).double())
+    shares = singular / singular.sum()
+    out["effective_rank"] = torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()).item()
+    return out
+
+
+# ---------------------------------------------------------------------- pictures
+
+def stack_views(dataset, rows, size):
+    view = data.CenterView(dataset, size)
+    return torch.stack([view[int(i)][0] for i in rows])
+
+
+def framed(image, color, side=64):
+    """(3, S, S) uint8 -> Pillow image of side px in a frame of `color`."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+    out = Image.new("RGB", (side + 8, side + 8), color)
+    out.paste(picture, (4, 4))
+    return out
+
+
+GREEN, RED, GRAY = (40, 170, 70), (215, 50, 50), (150, 150, 150)
+
+
+def draw_rows(path, title, rows):
+    """Rows of (query image, query caption, [(image, color), ...]) -> one PNG."""
+    width = 72 * (1 + max(len(r[2]) for r in rows)) + 96
+    out = Image.new("RGB", (width, 24 + 76 * len(rows)), "white")
+    pen = ImageDraw.Draw(out)
+    pen.text((6, 6), title, fill="black")
+    for i, (image, caption, found) in enumerate(rows):
+        y = 24 + 76 * i
+        pen.text((4, y + 28), caption[:14], fill="black")
+        out.paste(framed(image, GRAY), (90, y))
+        for j, (other, color) in enumerate(found):
+            out.paste(framed(other, color), (168 + 72 * j, y))
+    out.save(path)
+
+
+def draw_neighbors(path, splits, train_x, val_x, size, seed, device, queries=10, count=8):
+    """For some validation images the nearest training images; the frame says whether the class is the same."""
+    picks = torch.from_numpy(data.keyed_permutation(len(val_x), data.SAMPLE, seed, 2)[:queries])
+    _, near = neighbors_of(unit(val_x[picks]), unit(train_x), min(count, len(train_x)), device)
+    rows = []
+    for query, found in zip(splits.val_rows[picks], splits.train_rows[near]):
+        label = splits.val.labels[query]
+        colors = [GREEN if splits.train.labels[j] == label else RED for j in found]
+        rows.append((stack_views(splits.val, [query], size)[0], splits.names[label],
+                     list(zip(stack_views(splits.train, found, size), colors))))
+    draw_rows(path, "left: a validation image; then its nearest training images: green same class, red another", rows)
+
+
+def draw_map(path, panels, labels, names, most=2000, side=420):
+    """2-D PCA of unit-length features, a panel each of (title, features), coloured by class (12 at most), with a legend."""
+    shown = sorted(set(labels.tolist()))[:12]
+    colors = {c: tuple(int(255 * v) for v in hue(i / len(shown))) for i, c in enumerate(shown)}
+    out = Image.new("RGB", (len(panels) * side + 130, side + 24), "white")
+    pen = ImageDraw.Draw(out)
+    keep = torch.isin(labels, torch.tensor(shown)).nonzero().flatten()[:most]
+    for i, (title, features) in enumerate(panels):
+        x = unit(features[keep].float())
+        x = x - x.mean(0)
+        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T            # (N, 2)
+        plane = (plane - plane.amin(0)) / (plane.amax(0) - plane.amin(0)).clamp(min=1e-12)
+        pen.text((i * side + 8, 6), title, fill="black")
+        for (u, v), c in zip((plane * (side - 24) + 12).tolist(), labels[keep].tolist()):
+            pen.ellipse((i * side + u - 2, 24 + v - 2, i * side + u + 2, 24 + v + 2), fill=colors[c])
+    for i, c in enumerate(shown):
+        y = 34 + 20 * i
+        pen.ellipse((len(panels) * side + 6, y, len(panels) * side + 16, y + 10), fill=colors[c])
+        pen.text((len(panels) * side + 22, y), names[c][:16], fill="black")
+    out.save(path)
+
+
+def hue(turn):
+    """RGB in [0, 1] of a saturated colour, `turn` in [0, 1)."""
+    return [min(1.0, max(0.1, abs((6 * turn + shift) % 6 - 3) - 1)) * 0.85 for shift in (0, 4, 2)]
+
+
+@torch.no_grad()
+def draw_soft_positives(path, run, settings, seed, device, queries=8, count=10):
+    """From last.pt: queries (views of images) and the queue entries that take their smoothing mass, right and wrong ones."""
+    state = load_file(run / "last.pt")
+    dataset = data.load_dataset(settings["data"], "train")
+    index, labels = state["queue"]["index"], dataset.labels
+    if (labels < 0).all() or (index < 0).all():
+        return
+    from_run = {k: v for k, v in state["encoder"].items()}
+    backbone = build_backbone(settings["arch"], settings["image_size"] <= data.SMALL)
+    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in from_run.items() if k.startswith("backbone.")})
+    backbone.to(device).eval()
+    picks = data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
+    images = stack_views(dataset, picks, settings["image_size"])
+    x = backbone(data.normalize(images.to(device))).cpu()
+    for layer in sorted({k.rsplit(".", 1)[0] for k in from_run if k.startswith("head.")}):
+        x = F.linear(x if layer in ("head", "head.0") else x.relu(), from_run[layer + ".weight"], from_run[layer + ".bias"])
+    rows = (unit(x) @ state["queue"]["keys"].T).topk(min(count, len(index))).indices
+    drawn, right = [], []
+    for image, i, found in zip(images, picks, index[rows]):
+        found = found[found >= 0]
+        same = labels[found] == labels[int(i)]
+        right.append(same.float().mean())
+        caption = dataset.classes[labels[int(i)]] if labels[int(i)] >= 0 else ""
+        drawn.append((image, caption, [(other, GREEN if s else RED) for other, s in
+                                       zip(stack_views(dataset, found, settings["image_size"]), same)]))
+    share = torch.stack(right).mean().item()
+    draw_rows(path, f"left: a query; then its nearest queue entries, soft positives: green same class ({share:.0%})", drawn)
+
+
+# ---------------------------------------------------------------------- report
+
+ROWS = [     # key in lineval.json, name in the table, which way is better
+    ("linear_top1", "linear probe, top-1 %", "higher is better"),
+    ("linear_top5", "linear probe, top-5 %", "higher is better"),
+    ("augmented_top1", "linear, augmented protocol %", "higher is better; the papers' protocol"),
+    ("knn", "weighted kNN %", "higher is better; no training at all"),
+    ("best_nn", "best-NN %, Euclidean", "higher is better; k chosen on val, as [Small]"),
+    ("best_nn_unit", "best-NN %, unit length", "higher is better"),
+]
+SPACE_ROWS = [
+    ("instance_discrimination", "image finds its own view %", "higher: the pretext task is solved"),
+    ("instance_discrimination_views", "view finds the other view %", "higher: the same, harder"),
+    ("alignment", "alignment", "lower: views of an image lie together"),
+    ("uniformity", "uniformity", "lower: features fill the sphere"),
+    ("intra_class", "intra-class alignment", "lower: a class lies together"),
+    ("inter_class", "inter-class distance", "higher: classes lie apart (2 at most on average)"),
+    ("over_clustering", "over-clustering, intra/inter", "lower: 1 means classes do not show in distances"),
+    ("effective_rank", "effective rank", "higher: more directions are used"),
+]
+
+
+def evaluate(backbone, splits, job, extras=True):
+    """All measures of one frozen network -> (report dict, train features, val features)."""
+    before = copy.deepcopy(backbone.state_dict())
+    # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
+    backbone.eval()
+    options = dict(device=job.device, workers=job.workers)
+    features = [extract_features(backbone, dataset, job.image_size, rows=rows, **options)
+                for dataset, rows in ((splits.train, splits.train_rows), (splits.val, splits.val_rows))]
+    labels = [splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]]
+    space = {}
+    for part, dataset, rows, x, y in zip(("train", "val"), (splits.train, splits.val), (splits.train_rows, splits.val_rows),
+                                         features, labels):
+        order = torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, job.seed, 4))
+        chosen = torch.cat([order[y[order] == c][:job.per_class] for c in y.unique()]).sort().values
+        two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
+        if world()[0] == 0:
+            views = view_features(backbone, two_views, rows[chosen], **options)
+            space[part] = representation_space(x[chosen], *views, y[chosen])
+    if world()[0]:
+        return None
+    probe = linear_probe(features[0], labels[0], features[1], labels[1], seed=job.seed, device=job.device)
+    raw = best_nn(features[0], labels[0], features[1], labels[1], device=job.device)
+    on_sphere = best_nn(unit(features[0]), labels[0], unit(features[1]), labels[1], device=job.device)
+    report = {"linear_top1": probe["top1"], "linear_top5": probe["top5"], "linear_lr": probe["lr"],
+              "linear_weight_decay": probe["weight_decay"], "linear_held_out": probe["held_out"],
+              "knn": knn_accuracy(features[0], labels[0], features[1], labels[1], device=job.device),
+              "best_nn": raw[0], "best_nn_k": raw[1], "best_nn_unit": on_sphere[0], "space": space}
+    if extras and job.protocol == "augmented":
+        report["augmented_top1"] = augmented_probe(backbone, splits, features[1], job.image_size, arch=job.arch, seed=job.seed,
+                                                   epochs=job.epochs, **options)
+    if any(not torch.equal(t, before[name]) for name, t in backbone.state_dict().items()):
+        raise RuntimeError("the backbone moved during its evaluation")     # a bug here, never the user's doing
+    return report, *features
+
+
+def print_reports(columns):
+    """columns: {title: report}, side by side."""
+    titles = {title: title[-18:] for title in columns}
+    print(f"\n{'':32s}" + "".join(f"{t:>20s}" for t in titles.values()))
+    for key, name, better in ROWS:
+        if any(key in r for r in columns.values()):
+            cells = [f"{100 * r[key]:.1f}" if key in r else "-" for r in columns.values()]
+            print(f"{name:32s}" + "".join(f"{cell:>20s}" for cell in cells) + f"   {better}")
+    for part in ("train", "val"):
+        print(f"representation space, {part}: unit-length features, images | augmented views where two numbers")
+        for key, name, better in SPACE_ROWS:
+            cells = []
+            for report in columns.values():
+                space = report["space"][part]
+                values = [space[key]] + ([space[key + "_views"]] if key + "_views" in space and "finds" not in name else [])
+                factor, digits = (100, 1) if "%" in name else (1, 3)
+                cells.append(" | ".join(f"{factor * v:.{digits}f}" for v in values))
+            print(f"  {name:30s}" + "".join(f"{cell:>20s}" for cell in cells) + f"   {better}")
+
+
+def read_job(flags, run):
+    """What to evaluate: a run's settings, or the flags for bare --weights -> namespace."""
+    job = SimpleNamespace(run=run, seed=flags.seed, per_class=flags.per_class, protocol=flags.protocol, epochs=flags.epochs,
+                          workers=flags.workers, views={}, settings=None, device=flags.device)
+    if run is None:
+        if not flags.arch:
+            raise UserError(f"--weights {flags.weights} needs --arch: one of {', '.join(ARCHS)}")
+        job.weights, job.arch, job.title, job.data = flags.weights, flags.arch, Path(flags.weights).name, flags.data or "shapes"
+        job.image_size = flags.image_size or data.default_image_size(data.load_dataset(job.data, "train"))
+        return job
+    if not (run / "args.json").is_file():
+        raise UserError(f"{run} is not a run of pretrain.py (it has no args.json): pass a folder such as runs/...")
+    try:
+        job.settings = json.loads((run / "args.json").read_text())
+        job.arch, job.image_size, job.data = (job.settings[k] for k in ("arch", "image_size", "data"))
+        job.views = {k: job.settings[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{run / 'args.json'} is damaged ({error}): restore it or pretrain again with --restart") from None
+    if flags.arch and flags.arch != job.arch:
+        raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
+    job.weights = run / ("last.pt" if flags.encoder == "key" else "backbone.pt")
+    job.data, job.title = flags.data or job.data, str(run)
+    job.image_size = flags.image_size or job.image_size
+    return job
+
+
+def run_job(job, flags):
+    """Evaluate one network and its random twin, write and draw -> (report, random report)."""
+    started = time.perf_counter()
+    say = print if world()[0] == 0 else lambda *_, **__: None
+    splits = labelled_splits(job.data, job.seed)
+    small = (job.settings or vars(job))["image_size"] <= data.SMALL
+    backbone = build_backbone(job.arch, small)
+    load_weights(backbone, job.weights, flags.encoder)
+    say(f"{job.title}: {job.arch}, {flags.encoder} encoder, on {job.data}: {len(splits.train_rows)} training and {len(splits.val_rows)} "
+        f"validation images of {len(splits.names)} classes at {job.image_size} px"
+        + (f"\n  {splits.note}" if splits.note else ""), flush=True)
+    torch.manual_seed(job.seed)
+    random = build_backbone(job.arch, small)
+    found = []
+    for net in (random, backbone):
+        net.to(job.device, memory_format=torch.channels_last)
+        if net is random:
+            estimate_batch_norm(net, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
+        found.append(evaluate(net, splits, job, extras=net is backbone))
+    if world()[0]:
+        return None
+    (random_report, _, random_x), (report, train_x, val_x) = found
+    if job.run:
+        val_y = splits.val.labels[splits.val_rows]
+        draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.image_size, job.seed, job.device)
+        draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)], val_y, splits.names)
+        draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed, job.device)
+        content = {"run": job.title, "data": job.data, "encoder": flags.encoder, "image_size": job.image_size, "note": splits.note,
+                   "train_images": len(splits.train_rows), "val_images": len(splits.val_rows), "seed": job.seed,
+                   "pretrained": report, "random": random_report, "seconds": time.perf_counter() - started}
+        try:
+            (job.run / "lineval.json").write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {job.run / 'lineval.json'} ({error.strerror}): make room") from None
+    return report, random_report
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: data.exit_with(UserError(message))
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
+    add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
+    add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
+    add("--data", help="evaluate on another dataset than the run's own")
+    add("--encoder", default="query", choices=("query", "key"))
+    add("--protocol", default="cached", choices=("cached", "augmented"), help="augmented: also the papers' 100 epochs of crops")
+    add("--epochs", type=int, default=100, help="of the augmented protocol")
+    add("--image-size", type=int)
+    add("--per-class", type=int, default=50, help="images a class for the representation space")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=1)
+    flags = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
+    flags.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    for name in ("epochs", "per_class", "image_size"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 2 - (name == "epochs"):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: too small")
+    if flags.weights:
+        jobs = [read_job(flags, None)]
+    else:
+        newest = sorted(Path("runs").glob("*/backbone.pt"), key=lambda f: f.stat().st_mtime)[-1:]
+        if not (flags.runs or newest):
+            raise UserError("no finished epoch of any run in runs/: start with python pretrain.py, or pass --weights")
+        jobs = [read_job(flags, Path(run)) for run in flags.runs or [newest[0].parent]]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo")
+        if flags.device.type == "cuda":
+            torch.cuda.set_device(flags.device)
+    columns = {}
+    for job in jobs:
+        both = run_job(job, flags)
+        if both:
+            name = f"random {job.arch}, {job.data}"
+            columns.setdefault(name if len(jobs) > 1 else "random weights", both[1])
+            columns[job.title] = both[0]
+    if columns:
+        print_reports(columns)
+        written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]
+        print("\n".join(["", *("written: " + w for w in written)]))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as user_error:
+        data.exit_with(user_error)

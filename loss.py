@@ -26,18 +26,17 @@ def neighbor_weights(neighbors, weighting="uniform"):
     """
     if weighting == "uniform":
         return torch.full((neighbors,), 1 / neighbors, dtype=torch.float64)
-    if weighting == "tiered":
+    elif weighting == "tiered":
         if neighbors < 3:
             raise ValueError(f"neighbors must be at least 3 for weighting='tiered', not {neighbors}")
         first = max(1, round(0.1 * neighbors))
         second = max(first + 1, round(0.4 * neighbors))
         sizes = torch.tensor([first, second - first, neighbors - second])
         return (torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64) / sizes).repeat_interleave(sizes)
-    if weighting == "geometric":
+    else:     # "geometric"
         shares = 0.5 ** torch.arange(1, neighbors + 1, dtype=torch.float64)
-        shares[-1] = 1 - shares[:-1].sum()                    # 1/2, 1/4, ..., 1/2^(n-1), 1/2^(n-1)
+        shares[-1] = shares[-2] if neighbors > 1 else 1.0     # 1/2, 1/4, ..., 1/2^(n-1), 1/2^(n-1)
         return shares
-    raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
 
 
 def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weighting="uniform"):
@@ -50,7 +49,7 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
     strictly above every negative), positive (N,) and nearest (N,), cosines of the positive and of the nearest negative,
     neighbors (N, neighbors) rows of the queue, nearest first. Raises ValueError for arguments out of range.
     """
-    check(q, k, queue, temperature, smoothing, neighbors)
+    check(q, k, queue, temperature, smoothing, neighbors, weighting)
     weights = smoothing * neighbor_weights(neighbors, weighting) if neighbors else None
     wide = torch.promote_types(q.dtype, torch.float32)
     precision = torch.get_float32_matmul_precision()
@@ -124,7 +123,7 @@ class SoftInfoNCE(torch.autograd.Function):
         return upstream * ctx.saved_tensors[0], None, None, None, None, None
 
 
-def check(q, k, queue, temperature, smoothing, neighbors):
+def check(q, k, queue, temperature, smoothing, neighbors, weighting):
     """Raise ValueError naming the argument, the value seen and the range."""
     for name, rows in (("q", q), ("k", k), ("queue", queue)):
         if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
@@ -138,3 +137,5 @@ def check(q, k, queue, temperature, smoothing, neighbors):
         raise ValueError(f"smoothing must lie in [0, 1], not {smoothing}")
     if neighbors != int(neighbors) or not 0 <= neighbors <= len(queue):
         raise ValueError(f"neighbors must be a whole number from 0 to the queue's {len(queue)} rows, not {neighbors}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")

@@ -308,9 +308,8 @@ def draw_boxes(u, height, width, min_scale):
     h = np.concatenate([h, np.broadcast_to(central_h, shape)], -1)
     first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(-1)[..., None]
     w, h = np.take_along_axis(w, first, -1), np.take_along_axis(h, first, -1)            # (..., 1)
-    corner = np.where(first == 10, [(0.5, 0.5)], u[..., 20:22])
-    top = np.floor(corner[..., :1] * (height - h + 1))
-    left = np.floor(corner[..., 1:] * (width - w + 1))
+    top = np.where(first == 10, (height - h) // 2, np.floor(u[..., 20:21] * (height - h + 1)))
+    left = np.where(first == 10, (width - w) // 2, np.floor(u[..., 21:22] * (width - w + 1)))
     return np.concatenate([top, left, h, w], -1).astype(np.int64)
 
 
@@ -384,16 +383,16 @@ def augment(crops, params):
     mean, std = (torch.tensor(v, dtype=out.dtype, device=out.device).view(3, 1, 1) for v in (MEAN, STD))
     # On a CPU, as many images at a time as stay in its cache.
     chunk = max(1, 16 * 224 ** 2 // size ** 2) if crops.device.type == "cpu" else n
-    plan = params.cpu()                                       # which image needs which step: the one look at the host
-    for start in range(0, n, chunk):
-        rows = slice(start, start + chunk)
-        p, todo = params[rows].to(out.dtype), plan[rows]
-        x = crops[rows]
-        x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x).to(out.dtype).div_(255)
-        color_jitter_(x, p, todo)
-        for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
-        for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)
-        out[rows] = x.sub_(mean).div_(std)
+    plan, params = params.cpu(), params.to(crops.device, out.dtype)      # the host's copy tells which image needs which step
+    with torch.autocast(crops.device.type, enabled=False):
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            p, todo, x = params[rows], plan[rows], crops[rows]
+            x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x).to(out.dtype).div_(255)
+            color_jitter_(x, p, todo)
+            for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
+            for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)
+            out[rows] = x.sub_(mean).div_(std)
     return out
 
 

@@ -324,7 +324,8 @@ class Encoder(nn.Module):
             nn.Linear(width, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim))
 
     def forward(self, x):                                     # (N, 3, H, W)
-        return F.normalize(self.head(self.backbone(x)), dim=1)      # (N, dim)
+        z = self.head(self.backbone(x))                       # (N, dim)
+        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)     # unit to more than bf16's 3 digits
 
 
 @torch.no_grad()

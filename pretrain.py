@@ -41,7 +41,7 @@ TABLE = {
     # setting         moco_v2              small                light
     "symmetric":     (False,               False,               True),    # [Light]'s run name; loss: mean of both directions
     "lr":            (0.03,                0.03,                0.12),    # MoCo v2; [Small]; [Light]: lr 0.12 at batch 512 with the sum
-    "warmup_epochs": (0,                   0,                   3),       # [Light]'s run name
+    "warmup_epochs": (0.0,                 0.0,                 3.0),      # [Light]'s run name
     "weight_decay":  (1e-4,                1e-4,                5e-5),    # MoCo v2; [Small]; [Light]: 1e-4 with the sum, so half with the mean
     "temperature":   (0.2,                 0.1,                 0.1),     # MoCo v2; [Small]; [Light]'s run name
     "hidden_dim":    ("1x",                "2x",                "2048"),  # head width, "2x": twice the feature; MoCo v2; [Small]; [Light]
@@ -230,7 +230,7 @@ def ema_update(encoder, key_encoder, m):
 def lr_at(step, c, steps_per_epoch):
     """Linear warm-up, then a cosine to 0: a function of the step alone."""
     peak = c["lr"] * c["batch_size"] / 256
-    warm, total = c["warmup_epochs"] * steps_per_epoch, c["epochs"] * steps_per_epoch
+    warm, total = round(c["warmup_epochs"] * steps_per_epoch), c["epochs"] * steps_per_epoch
     if step < warm:
         return peak * (step + 1) / warm
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
@@ -631,3 +631,8 @@ if __name__ == "__main__":
         main()
     except UserError as user_error:
         data.exit_with(user_error)
+    except RuntimeError as error:     # gloo and NCCL report a process that left; its own message says why
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(w in str(error) for w in ("by peer", "NCCL", "Broken pipe")):
+            raise
+        print(f"process {os.environ['RANK']}: another process stopped", file=sys.stderr)
+        sys.exit(1)

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,61 +190,60 @@ def load_torchvision(name, split, root="datasets"):
 # ---------------------------------------------------------------------- shapes: a dataset that needs no file
 
 SHAPES_TRAIN, SHAPES_VAL, TILE, TILES = 6000, 1500, 24, 3
-SHAPES = {     # name -> signed distance (negative inside, roughly in units of the radius) at u, v in about [-1, 1]
-    "disc":      lambda u, v, r: r - 0.8,
-    "ring":      lambda u, v, r: (r - 0.66).abs() - 0.2,
-    "square":    lambda u, v, r: torch.maximum(u.abs(), v.abs()) - 0.72,
-    "frame":     lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.62).abs() - 0.18,
-    "triangle":  lambda u, v, r: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.48,
-    "plus":      lambda u, v, r: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.2, torch.maximum(u.abs(), v.abs()) - 0.9),
-    "cross":     lambda u, v, r: torch.maximum((u.abs() - v.abs()).abs() * 0.7 - 0.2, r - 0.95),
-    "diamond":   lambda u, v, r: 0.7 * (u.abs() + v.abs()) - 0.62,
-    "bars":      lambda u, v, r: torch.maximum(torch.minimum(v.abs(), (v.abs() - 0.66).abs()) - 0.16, u.abs() - 0.8),
-    "crescent":  lambda u, v, r: torch.maximum(r - 0.85, 0.65 - ((u - 0.4) ** 2 + v ** 2).sqrt()),
-    "hourglass": lambda u, v, r: torch.maximum(0.7 * (u.abs() - v.abs()), v.abs() - 0.8),
-    "star":      lambda u, v, r: 0.8 * (r * (1 + 0.4 * torch.cos(5 * torch.atan2(u, v))) - 0.62),
+GROUND, INK = 0.3, 0.7
+AREA = 1.2     # every shape is scaled to this area, or the amount of colour would tell the class
+SHAPES = {     # name -> signed distance at u, v in about [-1, 1] and r = |(u, v)|, negative inside; and the area inside
+    "disc":      (lambda u, v, r: r - 0.8, 2.01),
+    "ring":      (lambda u, v, r: (r - 0.66).abs() - 0.2, 1.66),
+    "square":    (lambda u, v, r: torch.maximum(u.abs(), v.abs()) - 0.72, 2.07),
+    "frame":     (lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.62).abs() - 0.18, 1.79),
+    "triangle":  (lambda u, v, r: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.48, 1.20),
+    "plus":      (lambda u, v, r: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.2, torch.maximum(u.abs(), v.abs()) - 0.9), 1.29),
+    "cross":     (lambda u, v, r: torch.maximum((u.abs() - v.abs()).abs() * 0.7 - 0.2, r - 0.95), 1.36),
+    "diamond":   (lambda u, v, r: 0.7 * (u.abs() + v.abs()) - 0.62, 1.57),
+    "bars":      (lambda u, v, r: torch.maximum(torch.minimum(v.abs(), (v.abs() - 0.66).abs()) - 0.16, u.abs() - 0.8), 1.53),
+    "crescent":  (lambda u, v, r: torch.maximum(r - 0.85, 0.65 - ((u - 0.4) ** 2 + v ** 2).sqrt()), 1.14),
+    "hourglass": (lambda u, v, r: torch.maximum(0.7 * (u.abs() - v.abs()), v.abs() - 0.8), 1.28),
+    "star":      (lambda u, v, r: 0.8 * (r * (1 + 0.4 * torch.cos(5 * torch.atan2(u, v))) - 0.62), 1.57),
 }
 
 
 def draw_shapes(count, seed, size=TILE * TILES):
     """`count` pictures of `size` px, each a lattice of 3 x 3 copies of one shape: the class.
 
-    Every copy has its own colour (lighter or darker than the ground, per channel), size, angle and place, on a ground of
-    coloured clouds. So colour says nothing about the class, a crop of any place still shows it, and little else about
-    an image survives the augmentation: what makes two views alike is the shape.
+    Every copy has its own size, angle and place; ink, ground and the area of ink are the same everywhere. So colour and
+    background say nothing about the class, any crop still shows it, and of what two crops of a picture share, the shape
+    tells most. (With coloured copies or a clouded ground the pretext task is solved by those, and the shape not learnt.)
     """
     labels = torch.from_numpy(keyed_permutation(count, DRAWING, seed) % len(SHAPES))
-    copies = count * TILES * TILES
-    draws = torch.from_numpy(keyed_uniform(8, DRAWING, seed, 1, np.arange(copies))).float()[..., None, None]
-    scale, angle, x, y, colour = draws[:, 0], draws[:, 1], draws[:, 2], draws[:, 3], draws[:, 4:7]
-    radius = 0.55 + 0.4 * scale                               # of half a tile, (copies, 1, 1)
-    angle = (2 * angle - 1) * math.radians(20)
-    grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1
-    dx = grid[None, None, :] - (2 * x - 1) * (1 - radius)     # from the copy's own centre, (copies, 1, TILE)
-    dy = grid[None, :, None] - (2 * y - 1) * (1 - radius)     # (copies, TILE, 1)
-    u = (angle.cos() * dx + angle.sin() * dy) / radius
-    v = (angle.cos() * dy - angle.sin() * dx) / radius
-    r = (u ** 2 + v ** 2).sqrt()
-    ink = torch.empty_like(r)
-    owner = labels.repeat_interleave(TILES * TILES)
-    for label, distance in enumerate(SHAPES.values()):
-        mine = owner == label
-        pixels = TILE / 2 * radius[mine]                      # per unit of distance: an edge is one pixel soft
-        ink[mine] = (0.5 - distance(u[mine], v[mine], r[mine]) * pixels).clamp(0, 1)
-
-    def lattice(tiles):                                       # (copies, c, TILE, TILE) -> (count, c, size, size)
-        c, side = tiles.shape[1], tiles.shape[2]
-        tiles = tiles.view(count, TILES, TILES, c, side, side).permute(0, 3, 1, 4, 2, 5)
-        return tiles.reshape(count, c, TILES * side, TILES * side)
-
-    clouds = torch.from_numpy(keyed_uniform(48, DRAWING, seed, 2, np.arange(count))).float().view(count, 3, 4, 4)
-    ground = F.interpolate(0.3 + 0.4 * clouds, size=TILE * TILES, mode="bicubic", align_corners=False)
-    shift = torch.where(colour < 0.5, -0.45 + 0.6 * colour, -0.15 + 0.6 * colour)     # +-0.15 to +-0.45
-    picture = ground + lattice(ink[:, None]) * lattice(shift.expand(-1, 3, TILE, TILE))
-    images = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+    parts = [draw_lattices(labels[rows], seed, rows) for rows in np.split(np.arange(count), range(256, count, 256))]
+    images = torch.cat(parts)
     if size != TILE * TILES:
         images = TF.resize(images, [size, size], antialias=True)
     return Pictures("shapes", images, labels, list(SHAPES))
+
+
+def draw_lattices(labels, seed, rows):
+    """The pictures with the numbers `rows`: labels (n,) -> (n, 3, 72, 72) uint8."""
+    n, copies = len(rows), TILES * TILES
+    draws = keyed_uniform(4, DRAWING, seed, 1, rows[:, None] * copies + np.arange(copies))                    # (n, 9, 4)
+    scale, angle, x, y = torch.from_numpy(draws).float().flatten(0, 1)[..., None, None].unbind(1)             # (9 n, 1, 1)
+    owner = labels.repeat_interleave(copies)
+    grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1
+    ink = torch.empty(len(owner), TILE, TILE)
+    for label, (distance, area) in enumerate(SHAPES.values()):
+        mine = owner == label
+        radius = (0.55 + 0.4 * scale[mine]) * (AREA / area) ** 0.5                        # of half a tile
+        turn = (2 * angle[mine] - 1) * math.radians(20)
+        room = (1 - radius).clamp(min=0)
+        dx = grid[None, None, :] - (2 * x[mine] - 1) * room                              # from the copy's own centre
+        dy = grid[None, :, None] - (2 * y[mine] - 1) * room
+        u, v = (turn.cos() * dx + turn.sin() * dy) / radius, (turn.cos() * dy - turn.sin() * dx) / radius
+        edge = distance(u, v, (u ** 2 + v ** 2).sqrt()) * (TILE / 2 * radius)            # in pixels: one pixel soft
+        ink[mine] = (0.5 - edge).clamp(0, 1)
+
+    pictures = GROUND + (INK - GROUND) * ink.view(n, TILES, TILES, TILE, TILE).transpose(2, 3).reshape(n, 1, TILES * TILE, -1)
+    return (255 * pictures).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
 
 # ---------------------------------------------------------------------- two views: host share
@@ -494,11 +494,11 @@ def normalize(images):
 
 # ---------------------------------------------------------------------- pictures, and this file as a program
 
-def ignore_signals(_):
-    """For loader workers: Ctrl-C and SIGTERM reach the whole process group, but only the trainer acts on them."""
-    import signal
+def outlive_signals(_):
+    """For loader workers: Ctrl-C and SIGTERM reach the whole process group, but the trainer decides what to do, and it may
+    still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def draw_view_pairs(two_views, path, count=8):

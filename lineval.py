@@ -106,7 +106,7 @@ def extract_features(net, dataset, image_size, *, rows=None, device="cpu", worke
     each = math.ceil(len(rows) / size)
     mine = rows[(torch.arange(rank * each, (rank + 1) * each)).clamp(max=len(rows) - 1)]      # padded with the last row
     loader = DataLoader(Subset(data.CenterView(dataset, image_size), mine.tolist()), batch_size, num_workers=workers,
-                        worker_init_fn=data.ignore_signals, pin_memory=str(device).startswith("cuda"))
+                        worker_init_fn=data.outlive_signals, pin_memory=str(device).startswith("cuda"))
     features, at = None, 0
     for images, _, _ in loader:
         out = net(data.normalize(images.to(device)))
@@ -127,7 +127,7 @@ def view_features(backbone, two_views, rows, *, device="cpu", workers=0, batch_s
     """Features of two augmented views of each row -> two tensors (len(rows), F)."""
     batches = [[(0, int(i)) for i in part] for part in rows.split(batch_size)]
     loader = DataLoader(two_views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
-                        worker_init_fn=data.ignore_signals)
+                        worker_init_fn=data.outlive_signals)
     out = [torch.stack([backbone(data.augment(c.to(device), p)) for c, p in zip(crops, params)]).float().cpu()
            for crops, params, _ in loader]
     return torch.cat(out, 1).unbind(0)
@@ -290,7 +290,7 @@ def augmented_probe(backbone, splits, val_x, image_size, *, arch, seed, device, 
     optimizer = torch.optim.SGD(layer.parameters(), lr, 0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loader = DataLoader(views, batch_sampler=data.schedule(len(views), batch_size, epochs, seed), collate_fn=data.collate,
-                        num_workers=workers, worker_init_fn=data.ignore_signals)
+                        num_workers=workers, worker_init_fn=data.outlive_signals)
     labels = splits.train.labels[splits.train_rows]
     for crops, params, index in loader:
         with torch.no_grad():

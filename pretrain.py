@@ -72,7 +72,10 @@ SCALES = {
     20_000:  dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=200),
     200_000: dict(batch_size=512, queue_size=4096, key_momentum=0.99, epochs=200),
 }
-SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warmup_epochs=1)     # a demo of minutes
+# The demo on shapes: minutes on 2 cores. Crops and flips alone, since its pictures have no colour to be robust to, and a
+# gentle temperature and learning rate, with which a few hundred steps are enough.
+SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warmup_epochs=0.5, lr=0.03, temperature=0.2,
+              jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 MAY_DIFFER = {"workers", "log_every", "save_minutes", "knn_every", "compile"}     # between the parts of one resumed run
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
@@ -318,7 +321,9 @@ def train(s):
         done, end_of_epoch = step + 1, (step + 1) % per_epoch == 0
         s.clock.steps += 1
         if done % c["log_every"] == 0 or end_of_epoch or s.dry_run:
+            paused = time.perf_counter()
             knn = online_knn(s, done // per_epoch) if end_of_epoch and not s.dry_run else None
+            s.clock.started += time.perf_counter() - paused      # images/s and the time left are those of training alone
             log(s, step, loss, infos[0], neighbor_index, index, keys, smoothing, lr, knn)
         stop, overdue = agree(p, done, time.monotonic() - saved_at > 60 * c["save_minutes"])
         if end_of_epoch or stop or overdue:
@@ -333,13 +338,13 @@ def next_batch(s, batches, step):
     """The next batch, on the device (params stay: `augment` wants to see them from the host as well)."""
     try:
         crops, params, index = next(batches)
+        return crops.to(s.p.device, non_blocking=True), params, index.to(s.p.device, non_blocking=True)
     except UserError as error:     # one process alone knows; but all hold the same state, so it can save by itself
-        save(s, step, alone=True)
-        note = "" if s.dry_run else f"; saved {s.run / 'last.pt'} at step {step}"
-        error = UserError(data.last_line(error) + note)
-        error.from_one_process = True
-        raise error from None
-    return crops.to(s.p.device, non_blocking=True), params, index.to(s.p.device, non_blocking=True)
+        message = data.last_line(error)
+    save(s, step, alone=True)
+    error = UserError(message + ("" if s.dry_run else f"; saved {s.run / 'last.pt'} at step {step}"))
+    error.from_one_process = True
+    raise error      # outside of except: the first error's traceback would keep the loader and its workers alive
 
 
 STOP = {"signal": 0}     # set by the signal handler, read by `agree`
@@ -570,7 +575,7 @@ def build(c, p, dataset, flags):
     steps = data.schedule(len(dataset), c["batch_size"], max(c["epochs"], 99) if s.dry_run else c["epochs"], c["seed"],
                           first_step=s.step, rank=p.rank, world=p.world)
     s.loader = DataLoader(two_views, batch_sampler=steps, collate_fn=data.collate, num_workers=c["workers"],
-                          worker_init_fn=data.ignore_signals, pin_memory=p.device.type == "cuda")
+                          worker_init_fn=data.outlive_signals, pin_memory=p.device.type == "cuda")
     return s, two_views
 
 

@@ -15,6 +15,18 @@ TINY = ["--batch-size", "16", "--queue-size", "32", "--image-size", "32", "--bn-
         "--warmup-epochs", "1", "--epochs", "2", "--workers", "0"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: many kills of a run; started with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run only where -m asks for them."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
 def write_images(folder, count, classes=("a", "b", "c"), size=32, splits=("train", "val")):
     """Folder of PNGs in ImageNet's layout: shapes, `count` a split."""
     from PIL import Image
@@ -58,3 +70,15 @@ def one_line_error(result, *words):
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
+
+
+def error_of(main, argv, capsys):
+    """Call a script's main as its last lines do, without starting a process -> its one error line (exit code 2)."""
+    with pytest.raises(SystemExit) as stopped:
+        try:
+            main([str(a) for a in argv])
+        except data.UserError as error:
+            data.exit_with(error)
+    line = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and line.startswith("error: ") and "\n" not in line, line
+    return line

@@ -77,7 +77,7 @@ SCALES = {
 SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warmup_epochs=0.5, lr=0.03, temperature=0.2,
               jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
-MAY_DIFFER = {"workers", "log_every", "save_minutes", "knn_every", "compile"}     # between the parts of one resumed run
+MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}     # between the parts of one resumed run
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -97,7 +97,8 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--image-size", type=int, help="pixels (default: 224, or the images' own if they are smaller)")
     add("--init", metavar="WEIGHTS", help="start the backbone from a state dict with torchvision's names")
-    add("--run", help="folder of the run (default: runs/DATA-ARCH-RECIPE-SEED)")
+    # Not --run: torchrun would take that for its own --run-path.
+    add("--out", metavar="RUN", help="folder of the run (default: runs/DATA-ARCH-RECIPE-SEED)")
     add("--restart", action="store_true", help="start afresh in the run's folder")
     add("--dry-run", action="store_true", help="a few steps: speed, memory, time of the whole run; writes nothing")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: on CUDA bf16, or fp16; off on a CPU")
@@ -493,7 +494,7 @@ def resume(s):
     differences = [f"{k} was {old.get(k)}, now {new.get(k)}" for k in sorted({*old, *new} - MAY_DIFFER) if old.get(k) != new.get(k)]
     if differences:
         raise UserError(f"{s.run} was started with other settings ({'; '.join(differences)}): "
-                        f"give the old command, another folder with --run, or start afresh with --restart")
+                        f"give the old command, another folder with --out, or start afresh with --restart")
     s.encoder.load_state_dict(state["encoder"])
     s.key_encoder.load_state_dict(state["key_encoder"])
     s.optimizer.load_state_dict(state["optimizer"])
@@ -564,7 +565,7 @@ def build(c, p, dataset, flags):
         scaler=torch.amp.GradScaler(p.device.type, enabled=p.amp_dtype == torch.float16),
         bad_step=torch.tensor(-1, device=p.device), total_steps=c["epochs"] * per_epoch,
         labels=dataset.labels.to(p.device) if len(seen) else None, same_class_chance=shares.square().sum().item(),
-        run=Path(flags.run or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
+        run=Path(flags.out or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
     restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0     # not when torchrun restarts us
     if (s.run / "last.pt").exists() and not restart and not s.dry_run:
         resume(s)

@@ -16,7 +16,7 @@ TINY = ["--batch-size", "16", "--queue-size", "32", "--image-size", "32", "--bn-
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: many kills of a run; started with `pytest -m slow`")
+    config.addinivalue_line("markers", "slow: minutes each; started with `pytest -m slow`")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -103,7 +103,7 @@ def test_mocos_cifar_settings_are_reachable(images):
 def run(images, tmp_path_factory):
     """One finished run of two epochs, shared by the tests that look at it or copy it."""
     folder = tmp_path_factory.mktemp("finished")
-    result = run_script("pretrain.py", "--data", images, "--run", "run", *TINY, cwd=folder)
+    result = run_script("pretrain.py", "--data", images, "--out", "run", *TINY, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "run", result.stdout
 
@@ -133,7 +133,7 @@ def test_run_folder_has_all_that_others_read(run):
 def test_same_command_after_the_end_says_so_and_changes_nothing(run, images):
     folder, _ = run
     before = (folder / "last.pt").read_bytes()
-    result = run_script("pretrain.py", "--data", images, "--run", folder, *TINY, cwd=folder.parent)
+    result = run_script("pretrain.py", "--data", images, "--out", folder, *TINY, cwd=folder.parent)
     assert result.returncode == 0 and "after step 12 of 12" in result.stdout and (folder / "last.pt").read_bytes() == before
 
 
@@ -173,7 +173,7 @@ def test_unreadable_image_is_named_and_the_run_saved(tmp_path):
     folder = write_images(tmp_path / "images", 48)
     broken = sorted((folder / "train").rglob("*.png"))[20]
     broken.write_bytes(b"no image")
-    arguments = ["pretrain.py", "--data", folder, "--run", "run", *TINY[:-1], 1, "--batch-size", 8]
+    arguments = ["pretrain.py", "--data", folder, "--out", "run", *TINY[:-1], 1, "--batch-size", 8]
     result = run_script(*arguments, cwd=tmp_path)
     one_line_error(result, broken.name, "saved")
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 0
@@ -185,7 +185,7 @@ def copy_of(run, tmp_path):
 
 def test_other_settings_against_a_run_are_listed(run, images, tmp_path):
     folder = copy_of(run, tmp_path)
-    result = run_script("pretrain.py", "--data", images, "--run", folder, *TINY, "--lr", "0.5", "--temperature", "0.3", cwd=tmp_path)
+    result = run_script("pretrain.py", "--data", images, "--out", folder, *TINY, "--lr", "0.5", "--temperature", "0.3", cwd=tmp_path)
     one_line_error(result, "lr was 0.12, now 0.5", "temperature was 0.1, now 0.3", "--restart")
 
 
@@ -203,7 +203,7 @@ def test_bad_checkpoints_are_named_and_nothing_in_them_runs(run, images, tmp_pat
         path.write_bytes(whole[:len(whole) // 2] if content == "truncated" else content)
     before = path.read_bytes()
     more = [flag, path, "--restart"] if flag else []
-    one_line_error(run_script("pretrain.py", "--data", images, "--run", folder, *TINY, *more, cwd=tmp_path), path.name, "cannot be loaded")
+    one_line_error(run_script("pretrain.py", "--data", images, "--out", folder, *TINY, *more, cwd=tmp_path), path.name, "cannot be loaded")
     assert not (tmp_path / "ran").exists() and path.read_bytes() == before
 
 
@@ -226,6 +226,6 @@ def test_processes_must_share_the_slices(images, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(images, tmp_path):
-    result = run_script("pretrain.py", "--data", images, "--run", "run", *TINY, "--lr", "1e30", "--log-every", "1", cwd=tmp_path)
+    result = run_script("pretrain.py", "--data", images, "--out", "run", *TINY, "--lr", "1e30", "--log-every", "1", cwd=tmp_path)
     one_line_error(result, "not finite at step", "--lr")
     assert not (tmp_path / "run" / "last.pt").exists()

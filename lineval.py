@@ -211,14 +211,14 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
     return best
 
 
-def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=3000, batch_size=512):
-    """Softmax regressions, one for each (lr, weight decay) of `grid`, trained together -> weight (G, F, C), bias (G, 1, C).
+def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=2000, batch_size=512):
+    """Softmax regressions, one for each (lr, weight decay) of `grid`, trained together -> weight (F, G, C), bias (G, C).
 
     SGD with momentum 0.9 and a cosine; batches are keyed permutations; every probe sees the same batches.
     """
-    lr, decay = (torch.tensor(v, device=device).view(-1, 1, 1) for v in zip(*grid))
-    weight = torch.zeros(len(grid), x.shape[1], classes, device=device)
-    bias = torch.zeros(len(grid), 1, classes, device=device)
+    lr, decay = (torch.tensor(v, device=device)[:, None] for v in zip(*grid))              # (G, 1)
+    weight = torch.zeros(x.shape[1], len(grid), classes, device=device)
+    bias = torch.zeros(len(grid), classes, device=device)
     speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
     batch_size = min(batch_size, len(x))
     per_epoch = len(x) // batch_size
@@ -228,23 +228,24 @@ def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=3000, 
         if t == 0:
             order = torch.from_numpy(data.keyed_permutation(len(x), data.ORDER, seed, epoch))
         rows = order[t * batch_size:(t + 1) * batch_size]
-        batch, labels = (x[rows].to(device).float() - mean) * scale, y[rows].to(device)        # (B, F), (B,)
-        error = torch.matmul(batch, weight).add_(bias).softmax(2)                              # (G, B, C) ...
-        error[:, torch.arange(len(rows), device=device), labels] -= 1                          # softmax minus target
+        batch, labels = (x[rows].to(device).float() - mean) * scale, y[rows].to(device)    # (B, F), (B,)
+        error = probe_scores(batch, weight, bias).softmax(2)                               # (B, G, C) ...
+        error[torch.arange(len(rows), device=device), :, labels] -= 1                      # softmax minus target
         error /= len(rows)
         now = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        speed_w.mul_(0.9).add_(torch.matmul(batch.T, error)).add_(decay * weight)
-        speed_b.mul_(0.9).add_(error.sum(1, keepdim=True))
+        speed_w.mul_(0.9).add_((batch.T @ error.flatten(1)).view_as(weight)).add_(decay * weight)
+        speed_b.mul_(0.9).add_(error.sum(0))
         weight.sub_(now * speed_w), bias.sub_(now * speed_b)
     return weight, bias
 
 
-def probe_scores(x, mean, scale, weight, bias, device):
-    return torch.cat([(torch.matmul((part.to(device).float() - mean) * scale, weight) + bias).cpu() for part in x.split(8192)], 1)
+def probe_scores(batch, weight, bias):
+    """(B, F) -> (B, G, C), all probes in one product."""
+    return (batch @ weight.flatten(1)).view(len(batch), *bias.shape) + bias
 
 
 @torch.no_grad()
-def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=None, steps=3000):
+def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=None, steps=2000):
     """Linear classification of cached features -> dict of top1, top5 (on val), lr, weight_decay, held_out accuracy.
 
     Features are standardised with the training set's statistics and divided by the square root of their number. The
@@ -258,16 +259,19 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=N
     scale = (torch.where(alive, var, torch.inf).rsqrt() / math.sqrt(train_x.shape[1])).float()
     mean, classes = mean.float(), int(max(train_y.max(), val_y.max())) + 1
     del parts
+
+    def scores(x, fitted):
+        return torch.cat([probe_scores((part.to(device).float() - mean) * scale, *fitted).cpu() for part in x.split(8192)])
+
     winner, held_out = grid[0], float("nan")
     if len(grid) > 1:
         order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
         judge, learn = order.tensor_split([max(1, len(order) // 10)])
         fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, seed=seed, device=device, steps=steps)
-        scores = probe_scores(train_x[judge], mean, scale, *fitted, device)      # (G, J, C)
-        accuracy = (scores.argmax(2) == train_y[judge]).float().mean(1)
+        accuracy = (scores(train_x[judge], fitted).argmax(2) == train_y[judge, None]).float().mean(0)      # (G,)
         winner, held_out = grid[int(accuracy.argmax())], accuracy.max().item()
-    weight, bias = train_probes(train_x, train_y, mean, scale, classes, [winner], seed=seed, device=device, steps=steps)
-    ranked = probe_scores(val_x, mean, scale, weight, bias, device)[0].topk(min(5, classes)).indices
+    fitted = train_probes(train_x, train_y, mean, scale, classes, [winner], seed=seed, device=device, steps=steps)
+    ranked = scores(val_x, fitted)[:, 0].topk(min(5, classes)).indices
     right = ranked == val_y[:, None]
     return {"top1": right[:, 0].float().mean().item(), "top5": right.any(1).float().mean().item(),
             "lr": winner[0], "weight_decay": winner[1], "held_out": held_out}

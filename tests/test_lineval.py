@@ -72,7 +72,7 @@ def test_linear_probe_reaches_the_optimum_of_the_convex_problem():
     for _ in range(30):
         hessian = torch.autograd.functional.hessian(objective, flat) + 1e-9 * torch.eye(15)
         flat = flat - torch.linalg.solve(hessian, torch.autograd.functional.jacobian(objective, flat))
-    ours = objective(torch.cat([weight[0].flatten(), bias[0, 0]]).double())
+    ours = objective(torch.cat([weight[:, 0].flatten(), bias[0]]).double())
     assert objective(flat) <= ours <= 1.001 * objective(flat)
 
 
@@ -125,7 +125,8 @@ def test_representation_space_is_its_formulas():
 
 def test_effective_rank_counts_directions():
     basis = torch.cat([torch.eye(4), -torch.eye(4)]).repeat(8, 1)
-    space = lineval.representation_space(torch.cat([basis, torch.zeros(64, 3)], 1), basis, basis, torch.arange(64) % 2)
+    x = torch.cat([basis, torch.zeros(64, 3)], 1)
+    space = lineval.representation_space(x, x, x, torch.arange(64) % 2)
     assert space["effective_rank"] == pytest.approx(4, rel=1e-5)
 
 
@@ -147,7 +148,7 @@ def test_random_baseline_sees_the_datas_statistics(images):
     lineval.estimate_batch_norm(net, dataset, torch.arange(96), 32, batches=1, batch_size=96)
     order = data.keyed_permutation(96, data.SAMPLE, 0, 1)
     x = F.conv2d(data.normalize(torch.stack([dataset[int(i)][0] for i in order])), net.conv1.weight, padding=1)
-    torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
     assert not net.training
 
 

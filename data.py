@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -578,6 +579,7 @@ def last_line(error):
 
 def exit_with(error):
     """Print one line for a UserError and exit with code 2; of several processes with the same error the first prints."""
+    traceback.clear_frames(error.__traceback__)     # lets go of loaders, whose workers would hold up the exit
     if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_process", False):
         print("error: " + last_line(error), file=sys.stderr, flush=True)
     sys.exit(2)

@@ -520,12 +520,12 @@ def evaluate(backbone, splits, job, extras=True):
 
 def print_reports(columns):
     """columns: {title: report}, side by side."""
-    titles = {title: title[-18:] for title in columns}
-    print(f"\n{'':32s}" + "".join(f"{t:>20s}" for t in titles.values()))
+    width = max(18, *(len(title) for title in columns)) + 2
+    print(f"\n{'':32s}" + "".join(f"{title:>{width}s}" for title in columns))
     for key, name, better in ROWS:
         if any(key in r for r in columns.values()):
             cells = [f"{100 * r[key]:.1f}" if key in r else "-" for r in columns.values()]
-            print(f"{name:32s}" + "".join(f"{cell:>20s}" for cell in cells) + f"   {better}")
+            print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {better}")
     for part in ("train", "val"):
         print(f"representation space, {part}: unit-length features, images | augmented views where two numbers")
         for key, name, better in SPACE_ROWS:
@@ -535,7 +535,7 @@ def print_reports(columns):
                 values = [space[key]] + ([space[key + "_views"]] if key + "_views" in space and "finds" not in name else [])
                 factor, digits = (100, 1) if "%" in name else (1, 3)
                 cells.append(" | ".join(f"{factor * v:.{digits}f}" for v in values))
-            print(f"  {name:30s}" + "".join(f"{cell:>20s}" for cell in cells) + f"   {better}")
+            print(f"  {name:30s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {better}")
 
 
 def read_job(flags, run):
@@ -637,9 +637,9 @@ def main(argv=None):
     for job in jobs:
         both = run_job(job, flags)
         if both:
-            name = f"random {job.arch}, {job.data}"
-            columns.setdefault(name if len(jobs) > 1 else "random weights", both[1])
-            columns[job.title] = both[0]
+            several = len(jobs) > 1
+            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if several else "random weights", both[1])
+            columns[Path(job.title).name if several else "pretrained"] = both[0]
     if columns:
         print_reports(columns)
         written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]

@@ -358,7 +358,7 @@ def agree(p, done, overdue):
     if done % AGREE_EVERY:
         return 0, False
     wants = torch.tensor([STOP["signal"], int(overdue)])
-    dist.all_reduce(wants, dist.ReduceOp.MAX, group=p.control)
+    dist.all_reduce(wants, dist.ReduceOp.MAX)
     return wants.tolist()
 
 
@@ -515,17 +515,15 @@ def resume(s):
 # ---------------------------------------------------------------------- start to end
 
 def start_processes():
-    """Join torchrun's processes, if any -> p: rank, world, device, control (a CPU group for small agreements)."""
+    """Join torchrun's processes, if any -> p: rank, world, device, amp_dtype."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    control = None
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")
-    return SimpleNamespace(rank=rank, world=world, device=device, control=control, amp_dtype=None)
+    if world > 1:     # gloo beside NCCL carries the small agreements in `agree`, without waiting for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return SimpleNamespace(rank=rank, world=world, device=device, amp_dtype=None)
 
 
 def keep_freed_memory():

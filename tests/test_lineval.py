@@ -191,7 +191,7 @@ def test_runs_side_by_side_other_data_and_the_key_encoder(finished, tmp_path):
     folder, _ = finished
     run = next((folder / "runs").iterdir())
     other = write_images(tmp_path / "other", 40, classes=("x", "y"))
-    result = run_script("lineval.py", run, run, "--encoder", "key", "--data", other, "--workers", "0", cwd=folder)
+    result = run_script("lineval.py", run, run, "--encoder", "key", "--per-class", "5", "--data", other, "--workers", "0", cwd=folder)
     assert result.returncode == 0 and "of 2 classes" in result.stdout and "key encoder" in result.stdout, result.stderr
 
 

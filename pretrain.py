@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -638,5 +639,6 @@ if __name__ == "__main__":
     except RuntimeError as error:     # gloo and NCCL report a process that left; its own message says why
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(w in str(error) for w in ("by peer", "NCCL", "Broken pipe")):
             raise
-        print(f"process {os.environ['RANK']}: another process stopped", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)     # as in exit_with
+        print(f"process {os.environ['RANK']}: another process stopped", file=sys.stderr, flush=True)
         sys.exit(1)

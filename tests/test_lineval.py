@@ -187,20 +187,21 @@ def test_report_pictures_and_json(finished):
             assert len(set(image.convert("RGB").resize((64, 64)).getdata())) > 20      # not blank
 
 
-def test_runs_side_by_side_other_data_and_the_key_encoder(finished, tmp_path):
+def test_runs_side_by_side_other_data_and_the_key_encoder(finished, tmp_path, capsys):
     folder, _ = finished
     run = next((folder / "runs").iterdir())
     other = write_images(tmp_path / "other", 40, classes=("x", "y"))
-    result = run_script("lineval.py", run, run, "--encoder", "key", "--per-class", "5", "--data", other, "--workers", "0", cwd=folder)
-    assert result.returncode == 0 and "of 2 classes" in result.stdout and "key encoder" in result.stdout, result.stderr
+    lineval.main([str(run), str(run), "--encoder", "key", "--per-class", "5", "--data", str(other), "--workers", "0"])
+    output = capsys.readouterr().out
+    assert "of 2 classes" in output and "key encoder" in output and "random mobilenetv3_small on other" in output
 
 
-def test_bare_weights_of_torchvision(images, tmp_path):
+def test_bare_weights_of_torchvision(images, tmp_path, capsys):
     from torchvision.models import resnet18
     torch.save(resnet18().state_dict(), tmp_path / "w.pt")
-    result = run_script("lineval.py", "--weights", "w.pt", "--arch", "resnet18", "--data", images, "--image-size", "72", "--workers", "0",
-                        "--per-class", "5", cwd=tmp_path)
-    assert result.returncode == 0 and "linear probe" in result.stdout, result.stderr
+    lineval.main(["--weights", str(tmp_path / "w.pt"), "--arch", "resnet18", "--data", str(images), "--image-size", "72",
+                  "--per-class", "5", "--workers", "0"])
+    assert "linear probe, top-1 %" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(finished, images, tmp_path, capsys, monkeypatch):

@@ -173,7 +173,7 @@ def test_killed_twenty_times(images, undisturbed, tmp_path):
 def test_torchrun_restarts_after_a_killed_worker(images, tmp_path):
     """--max-restarts: one process is killed with SIGKILL, torchrun starts both again, they continue by themselves, and end
     (float64) where one process ends undisturbed. --restart on the command line means the first start only."""
-    flags = ["--data", str(images), *STEPS, "--epochs", "2", "--save-minutes", "0"]
+    flags = ["--data", str(images), *STEPS, "--epochs", "2", "--bn-splits", "2", "--save-minutes", "0"]
     single, tmp_path = tmp_path / "single", tmp_path / "killed"
     single.mkdir(), tmp_path.mkdir()
     assert run_script("tests/float64.py", *flags, cwd=single).returncode == 0
@@ -188,7 +188,7 @@ def test_torchrun_restarts_after_a_killed_worker(images, tmp_path):
     out, err = agent.communicate(timeout=150)
     assert agent.returncode == 0, err
     assert "continuing run after step" in out and "done: 24 steps" in out
-    assert largest_difference(single, tmp_path) < 1e-9 and len(log_of(tmp_path)) == 24
+    assert largest_difference(single, tmp_path) < 1e-8 and len(log_of(tmp_path)) == 24
 
 
 def test_full_disk_stops_with_one_line_and_the_last_checkpoint_is_whole(images, undisturbed, tmp_path):

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -554,7 +555,9 @@ def build(c, p, dataset, flags):
             part.backbone.compile(), part.head.compile()      # one slice's network; the loop over slices stays as it is
     query = encoder
     if p.world > 1:
-        query = DistributedDataParallel(encoder, [p.device] if p.device.type == "cuda" else None, broadcast_buffers=False)
+        with warnings.catch_warnings():     # torch 2.14 has a new name for broadcast_buffers, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            query = DistributedDataParallel(encoder, [p.device] if p.device.type == "cuda" else None, broadcast_buffers=False)
     optimizer = torch.optim.SGD(encoder.parameters(), c["lr"], c["sgd_momentum"], weight_decay=c["weight_decay"], fused=True)
     seen = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(seen) / max(len(seen), 1)
@@ -631,14 +634,20 @@ def main(argv=None):
     sys.exit(128 + stopped if stopped else 0)
 
 
-if __name__ == "__main__":
+def run(argv=None):
+    """`main`, with what a user or another process did wrong as one line and no traceback."""
     try:
-        main()
-    except UserError as user_error:
-        data.exit_with(user_error)
+        main(argv)
+    except UserError as error:
+        data.exit_with(error)
     except RuntimeError as error:     # gloo and NCCL report a process that left; its own message says why
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not any(w in str(error) for w in ("by peer", "NCCL", "Broken pipe")):
+        lost = any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe"))
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost:
             raise
         traceback.clear_frames(error.__traceback__)     # as in exit_with
         print(f"process {os.environ['RANK']}: another process stopped", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -4,10 +4,6 @@ import sys
 import torch
 
 torch.set_default_dtype(torch.float64)
-import data         # noqa: E402
 import pretrain     # noqa: E402
 
-try:
-    pretrain.main(sys.argv[1:])
-except data.UserError as error:
-    data.exit_with(error)
+pretrain.run(sys.argv[1:])

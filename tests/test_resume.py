@@ -170,6 +170,7 @@ def test_killed_twenty_times(images, undisturbed, tmp_path):
     assert hits >= 15
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_worker(images, tmp_path):
     """--max-restarts: one process is killed with SIGKILL, torchrun starts both again, they continue by themselves, and end
     (float64) where one process ends undisturbed. --restart on the command line means the first start only."""

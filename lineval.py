@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,7 +285,7 @@ def augmented_probe(backbone, splits, val_x, image_size, *, arch, seed, device, 
     lr = 30 if arch.startswith("resnet") else 3
     classes = len(splits.names)
     layer = nn.Linear(backbone.feature_dim, classes).to(device)
-    nn.init.normal_(layer.weight, 0, 0.01, generator=None), nn.init.zeros_(layer.bias)
+    nn.init.normal_(layer.weight, 0, 0.01), nn.init.zeros_(layer.bias)
     views = data.TwoViews(Subset(splits.train, splits.train_rows.tolist()), image_size, seed, min_scale=0.08, jitter_p=0,
                           gray_p=0, blur_p=0)
     batch_size = min(batch_size, len(views))
@@ -439,7 +438,7 @@ def draw_soft_positives(path, run, settings, seed, device, queries=8, count=10):
     index, labels = state["queue"]["index"], dataset.labels
     if (labels < 0).all() or (index < 0).all():
         return
-    from_run = {k: v for k, v in state["encoder"].items()}
+    from_run = state["encoder"]
     backbone = build_backbone(settings["arch"], settings["image_size"] <= data.SMALL)
     backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in from_run.items() if k.startswith("backbone.")})
     backbone.to(device).eval()

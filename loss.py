@@ -13,7 +13,6 @@ negatives most similar to the query. That needs no N x (1 + K) target, since the
     loss = logsumexp(logits) - (1 - s) logit_pos - sum_j w_j logit_(j)      (j): the j-th nearest key in the queue
 """
 import torch
-import torch.nn.functional as F
 
 WEIGHTINGS = ("uniform", "tiered", "geometric")
 

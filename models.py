@@ -323,7 +323,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(width, dim) if hidden_dim == 0 else nn.Sequential(
             nn.Linear(width, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim))
         # Ours. With torch's random biases behind MobileNetV3's last layer (torchvision: standard deviation 0.01), the biases
-        # outweigh the image: all embeddings start in a narrow cone, which a short run does not leave.
+        # outweigh the image and all embeddings start in a narrow cone. Tried together with other changes, not on its own.
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)

@@ -201,7 +201,7 @@ def check(c, n, world):
         raise UserError(f"--neighbors {c['neighbors']}: must be at most the queue's {c['queue_size']}, and 3 or more if tiered")
     if c["warmup_epochs"] >= c["epochs"] and c["warmup_epochs"]:
         raise UserError(f"--warmup-epochs {c['warmup_epochs']} leaves nothing of --epochs {c['epochs']}: pass a smaller number")
-    if c["amp"] != "off" and c["amp"] == "fp16" and not torch.cuda.is_available():
+    if c["amp"] == "fp16" and not torch.cuda.is_available():
         raise UserError("--amp fp16 needs a GPU: pass --amp off")
     return 4 * c["queue_size"] > keys
 
@@ -607,7 +607,7 @@ def main(argv=None):
         f"{c['batch_size'] // c['bn_splits']}")
     say("\n".join(f"  {name:14s} {str(value):22s} {origin.get(name, 'command line or default')}" for name, value in c.items()))
     if large_queue:
-        say(f"warning: the queue holds over a quarter of an epoch's keys: a smaller --queue-size has fewer of a query's own")
+        say("warning: the queue holds over a quarter of an epoch's keys: a smaller --queue-size has fewer of a query's own")
     if s.step:
         say(f"continuing {s.run} after step {s.step} of {s.total_steps}")
     elif not s.dry_run and p.rank == 0:

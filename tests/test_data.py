@@ -1,5 +1,4 @@
 """Views: the device share is torchvision's functional transforms; the randomness is keyed; datasets are what is on disk."""
-import os
 
 import numpy as np
 import pytest

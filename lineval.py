@@ -21,13 +21,13 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import data
 from data import UserError
-from models import ARCHS, build_backbone
+from models import ARCHS, Encoder, build_backbone
 
 HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
 FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")      # torchvision's 1000-class layers
@@ -251,13 +251,12 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=N
     grid is trained on nine tenths of train and judged on the rest; the winner is trained again on all of it.
     """
     grid = grid or [(lr, decay) for lr in LRS for decay in DECAYS]
-    parts = [train_x[i:i + 65536].to(device).double() for i in range(0, len(train_x), 65536)]
-    mean = sum(p.sum(0) for p in parts) / len(train_x)
-    var = sum((p - mean).square().sum(0) for p in parts) / len(train_x)
+    parts = train_x.split(16384)                                                         # in float64, a part at a time
+    mean = sum(part.to(device).double().sum(0) for part in parts) / len(train_x)
+    var = sum((part.to(device).double() - mean).square().sum(0) for part in parts) / len(train_x)
     alive = var > 1e-12 * var.max()                           # relative: deep random features can be tiny, constant ones are 0
     scale = (torch.where(alive, var, torch.inf).rsqrt() / math.sqrt(train_x.shape[1])).float()
     mean, classes = mean.float(), int(max(train_y.max(), val_y.max())) + 1
-    del parts
 
     def scores(x, fitted):
         return torch.cat([probe_scores((part.to(device).float() - mean) * scale, *fitted).cpu() for part in x.split(8192)])
@@ -276,33 +275,28 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=N
             "lr": winner[0], "weight_decay": winner[1], "held_out": held_out}
 
 
-def augmented_probe(backbone, splits, val_x, image_size, *, arch, seed, device, workers, epochs=100, batch_size=256):
+def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size=256):
     """The papers' protocol: a linear layer on the frozen network, a new random crop and flip of each image every epoch.
 
-    SGD, momentum 0.9, no weight decay, a cosine; lr 30 a 256 images for ResNet (MoCo), 3 for the small networks (SEED,
-    arXiv 2101.04731) -> top-1 on val.
+    `job` has arch, image_size, seed and epochs. SGD, momentum 0.9, no weight decay, a cosine; lr per 256 images 30 for
+    ResNet (MoCo), 3 for the small networks (SEED, arXiv 2101.04731) -> top-1 on val.
     """
-    lr = 30 if arch.startswith("resnet") else 3
-    classes = len(splits.names)
-    layer = nn.Linear(backbone.feature_dim, classes).to(device)
-    nn.init.normal_(layer.weight, 0, 0.01), nn.init.zeros_(layer.bias)
-    views = data.TwoViews(Subset(splits.train, splits.train_rows.tolist()), image_size, seed, min_scale=0.08, jitter_p=0,
-                          gray_p=0, blur_p=0)
+    images, labels = Subset(splits.train, splits.train_rows.tolist()), splits.train.labels[splits.train_rows]
+    views = data.TwoViews(images, job.image_size, job.seed, min_scale=0.08, jitter_p=0, gray_p=0, blur_p=0)
     batch_size = min(batch_size, len(views))
-    steps = epochs * (len(views) // batch_size)
-    optimizer = torch.optim.SGD(layer.parameters(), lr, 0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    loader = DataLoader(views, batch_sampler=data.schedule(len(views), batch_size, epochs, seed), collate_fn=data.collate,
-                        num_workers=workers, worker_init_fn=data.outlive_signals)
-    labels = splits.train.labels[splits.train_rows]
-    for crops, params, index in loader:
+    layer = nn.Linear(backbone.feature_dim, len(splits.names)).to(device)
+    nn.init.normal_(layer.weight, 0, 0.01), nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), (30 if job.arch.startswith("resnet") else 3) * batch_size / 256, 0.9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * (len(views) // batch_size))
+    batches = data.schedule(len(views), batch_size, job.epochs, job.seed)
+    for crops, params, index in DataLoader(views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
+                                           worker_init_fn=data.outlive_signals):
         with torch.no_grad():
-            features = backbone(data.augment(crops[0].to(device), params[0]))
+            features = backbone(data.augment(crops[0].to(device), params[0]))                  # (B, F)
         optimizer.zero_grad()
         F.cross_entropy(layer(features), labels[index].to(device)).backward()
-        optimizer.step(), schedule.step()
-    with torch.no_grad():
-        right = layer(val_x.to(device).float()).argmax(1).cpu() == splits.val.labels[splits.val_rows]
+        optimizer.step(), cosine.step()
+    right = layer(val_x.to(device).float()).argmax(1).cpu() == splits.val.labels[splits.val_rows]
     return right.float().mean().item()
 
 
@@ -359,245 +353,206 @@ def representation_space(original, view1, view2, labels):
 
 # ---------------------------------------------------------------------- pictures
 
-def stack_views(dataset, rows, size):
-    view = data.CenterView(dataset, size)
-    return torch.stack([view[int(i)][0] for i in rows])
-
-
-def framed(image, color, side=64):
-    """(3, S, S) uint8 -> Pillow image of side px in a frame of `color`."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
-    out = Image.new("RGB", (side + 8, side + 8), color)
-    out.paste(picture, (4, 4))
-    return out
-
-
 GREEN, RED, GRAY = (40, 170, 70), (215, 50, 50), (150, 150, 150)
 
 
-def draw_rows(path, title, rows):
-    """Rows of (query image, query caption, [(image, color), ...]) -> one PNG."""
-    width = 72 * (1 + max(len(r[2]) for r in rows)) + 96
-    out = Image.new("RGB", (width, 24 + 76 * len(rows)), "white")
+def thumbnail(dataset, row, frame, side=64):
+    """A framed Pillow image of side + 8 px."""
+    image = data.CenterView(dataset, side)[int(row)][0]
+    return ImageOps.expand(Image.fromarray(image.permute(1, 2, 0).numpy()), 4, frame)
+
+
+def draw_rows(path, title, queries, query_rows, others, other_rows):
+    """A line of pictures for each query: itself, then its neighbours, green where the class is the same, red where not.
+
+    queries, others: datasets; query_rows (Q,), other_rows (Q, M).
+    """
+    same = queries.labels[query_rows][:, None] == others.labels[other_rows]                    # (Q, M)
+    out = Image.new("RGB", (168 + 72 * other_rows.shape[1], 24 + 76 * len(query_rows)), "white")
     pen = ImageDraw.Draw(out)
-    pen.text((6, 6), title, fill="black")
-    for i, (image, caption, found) in enumerate(rows):
-        y = 24 + 76 * i
-        pen.text((4, y + 28), caption[:14], fill="black")
-        out.paste(framed(image, GRAY), (90, y))
-        for j, (other, color) in enumerate(found):
-            out.paste(framed(other, color), (168 + 72 * j, y))
+    pen.text((6, 6), f"{title} ({same.float().mean():.0%} of the query's class: green)", fill="black")
+    for i, row in enumerate(query_rows):
+        y, label = 24 + 76 * i, queries.labels[row]
+        pen.text((4, y + 28), queries.classes[label][:14] if label >= 0 else "", fill="black")
+        out.paste(thumbnail(queries, row, GRAY), (90, y))
+        for j, other in enumerate(other_rows[i]):
+            out.paste(thumbnail(others, other, GREEN if same[i, j] else RED), (168 + 72 * j, y))
     out.save(path)
 
 
-def draw_neighbors(path, splits, train_x, val_x, size, seed, device, queries=10, count=8):
-    """For some validation images the nearest training images; the frame says whether the class is the same."""
+def draw_neighbors(path, splits, train_x, val_x, seed, device, queries=10, count=8):
+    """For some validation images the nearest training images, by cosine."""
     picks = torch.from_numpy(data.keyed_permutation(len(val_x), data.SAMPLE, seed, 2)[:queries])
     _, near = neighbors_of(unit(val_x[picks]), unit(train_x), min(count, len(train_x)), device)
-    rows = []
-    for query, found in zip(splits.val_rows[picks], splits.train_rows[near]):
-        label = splits.val.labels[query]
-        colors = [GREEN if splits.train.labels[j] == label else RED for j in found]
-        rows.append((stack_views(splits.val, [query], size)[0], splits.names[label],
-                     list(zip(stack_views(splits.train, found, size), colors))))
-    draw_rows(path, "left: a validation image; then its nearest training images: green same class, red another", rows)
+    draw_rows(path, "left: a validation image; then its nearest training images",
+              splits.val, splits.val_rows[picks], splits.train, splits.train_rows[near])
+
+
+@torch.no_grad()
+def draw_soft_positives(path, run, c, seed, queries=10, count=8):
+    """From last.pt: some images, and the keys in the queue that would take their smoothing mass."""
+    state, dataset = load_file(run / "last.pt"), data.load_dataset(c["data"], "train")
+    encoder = Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL).eval()
+    encoder.load_state_dict(state["encoder"])
+    real = state["queue"]["index"] >= 0
+    keys, index = state["queue"]["keys"][real], state["queue"]["index"][real]
+    picks = torch.from_numpy(data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries])
+    view = data.CenterView(dataset, c["image_size"])
+    q = encoder(data.normalize(torch.stack([view[int(i)][0] for i in picks])))                 # (Q, D)
+    near = index[(q @ keys.T).topk(min(count, len(keys))).indices]                             # (Q, count)
+    draw_rows(path, "left: a query; then its nearest keys in the queue, its soft positives", dataset, picks, dataset, near)
 
 
 def draw_map(path, panels, labels, names, most=2000, side=420):
     """2-D PCA of unit-length features, a panel each of (title, features), coloured by class (12 at most), with a legend."""
     shown = sorted(set(labels.tolist()))[:12]
-    colors = {c: tuple(int(255 * v) for v in hue(i / len(shown))) for i, c in enumerate(shown)}
+    colors = {c: f"hsv({360 * i // len(shown)}, 90%, 85%)" for i, c in enumerate(shown)}
     out = Image.new("RGB", (len(panels) * side + 130, side + 24), "white")
     pen = ImageDraw.Draw(out)
     keep = torch.isin(labels, torch.tensor(shown)).nonzero().flatten()[:most]
     for i, (title, features) in enumerate(panels):
         x = unit(features[keep].float())
         x = x - x.mean(0)
-        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T            # (N, 2)
+        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T                          # (N, 2)
         plane = (plane - plane.amin(0)) / (plane.amax(0) - plane.amin(0)).clamp(min=1e-12)
         pen.text((i * side + 8, 6), title, fill="black")
         for (u, v), c in zip((plane * (side - 24) + 12).tolist(), labels[keep].tolist()):
             pen.ellipse((i * side + u - 2, 24 + v - 2, i * side + u + 2, 24 + v + 2), fill=colors[c])
     for i, c in enumerate(shown):
-        y = 34 + 20 * i
-        pen.ellipse((len(panels) * side + 6, y, len(panels) * side + 16, y + 10), fill=colors[c])
-        pen.text((len(panels) * side + 22, y), names[c][:16], fill="black")
+        pen.ellipse((len(panels) * side + 6, 34 + 20 * i, len(panels) * side + 16, 44 + 20 * i), fill=colors[c])
+        pen.text((len(panels) * side + 22, 34 + 20 * i), names[c][:16], fill="black")
     out.save(path)
-
-
-def hue(turn):
-    """RGB in [0, 1] of a saturated colour, `turn` in [0, 1)."""
-    return [min(1.0, max(0.1, abs((6 * turn + shift) % 6 - 3) - 1)) * 0.85 for shift in (0, 4, 2)]
-
-
-@torch.no_grad()
-def draw_soft_positives(path, run, settings, seed, device, queries=8, count=10):
-    """From last.pt: queries (views of images) and the queue entries that take their smoothing mass, right and wrong ones."""
-    state = load_file(run / "last.pt")
-    dataset = data.load_dataset(settings["data"], "train")
-    index, labels = state["queue"]["index"], dataset.labels
-    if (labels < 0).all() or (index < 0).all():
-        return
-    from_run = state["encoder"]
-    backbone = build_backbone(settings["arch"], settings["image_size"] <= data.SMALL)
-    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in from_run.items() if k.startswith("backbone.")})
-    backbone.to(device).eval()
-    picks = data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
-    images = stack_views(dataset, picks, settings["image_size"])
-    x = backbone(data.normalize(images.to(device))).cpu()
-    for layer in sorted({k.rsplit(".", 1)[0] for k in from_run if k.startswith("head.")}):
-        x = F.linear(x if layer in ("head", "head.0") else x.relu(), from_run[layer + ".weight"], from_run[layer + ".bias"])
-    rows = (unit(x) @ state["queue"]["keys"].T).topk(min(count, len(index))).indices
-    drawn, right = [], []
-    for image, i, found in zip(images, picks, index[rows]):
-        found = found[found >= 0]
-        same = labels[found] == labels[int(i)]
-        right.append(same.float().mean())
-        caption = dataset.classes[labels[int(i)]] if labels[int(i)] >= 0 else ""
-        drawn.append((image, caption, [(other, GREEN if s else RED) for other, s in
-                                       zip(stack_views(dataset, found, settings["image_size"]), same)]))
-    share = torch.stack(right).mean().item()
-    draw_rows(path, f"left: a query; then its nearest queue entries, soft positives: green same class ({share:.0%})", drawn)
 
 
 # ---------------------------------------------------------------------- report
 
-ROWS = [     # key in lineval.json, name in the table, which way is better
-    ("linear_top1", "linear probe, top-1 %", "higher is better"),
-    ("linear_top5", "linear probe, top-5 %", "higher is better"),
-    ("augmented_top1", "linear, augmented protocol %", "higher is better; the papers' protocol"),
-    ("knn", "weighted kNN %", "higher is better; no training at all"),
-    ("best_nn", "best-NN %, Euclidean", "higher is better; k chosen on val, as [Small]"),
-    ("best_nn_unit", "best-NN %, unit length", "higher is better"),
-]
-SPACE_ROWS = [
-    ("instance_discrimination", "image finds its own view %", "higher: the pretext task is solved"),
-    ("instance_discrimination_views", "view finds the other view %", "higher: the same, harder"),
-    ("alignment", "alignment", "lower: views of an image lie together"),
-    ("uniformity", "uniformity", "lower: features fill the sphere"),
-    ("intra_class", "intra-class alignment", "lower: a class lies together"),
-    ("inter_class", "inter-class distance", "higher: classes lie apart (2 at most on average)"),
-    ("over_clustering", "over-clustering, intra/inter", "lower: 1 means classes do not show in distances"),
-    ("effective_rank", "effective rank", "higher: more directions are used"),
-]
+PROBES = {     # key in lineval.json: name in the table, how to read it
+    "linear_top1": ("linear probe, top-1 %", "higher is better"),
+    "linear_top5": ("linear probe, top-5 %", "higher is better"),
+    "augmented_top1": ("linear, augmented protocol %", "higher is better; the papers' protocol"),
+    "knn": ("weighted kNN %", "higher is better; no training at all"),
+    "best_nn": ("best-NN %, Euclidean", "higher is better; k chosen on val, as [Small]"),
+    "best_nn_unit": ("best-NN %, unit length", "higher is better"),
+}
+SPACE = {
+    "instance_discrimination": ("image finds its own view %", "higher: the pretext task is solved"),
+    "instance_discrimination_views": ("view finds the other view %", "higher: the same, harder"),
+    "alignment": ("alignment", "lower: views of an image lie together"),
+    "uniformity": ("uniformity", "lower: features fill the sphere"),
+    "intra_class": ("intra-class alignment", "lower: a class lies together"),
+    "inter_class": ("inter-class distance", "higher: classes lie apart (2 at most on average)"),
+    "over_clustering": ("over-clustering, intra/inter", "lower: 1 means classes do not show in distances"),
+    "effective_rank": ("effective rank", "higher: more directions are used"),
+}
 
 
-def evaluate(backbone, splits, job, extras=True):
-    """All measures of one frozen network -> (report dict, train features, val features)."""
+def evaluate(backbone, splits, job):
+    """All measures of one frozen network -> (report, train features, val features); None but on the first process."""
     before = copy.deepcopy(backbone.state_dict())
     # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
     backbone.eval()
     options = dict(device=job.device, workers=job.workers)
-    features = [extract_features(backbone, dataset, job.image_size, rows=rows, **options)
-                for dataset, rows in ((splits.train, splits.train_rows), (splits.val, splits.val_rows))]
-    labels = [splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]]
-    space = {}
-    for part, dataset, rows, x, y in zip(("train", "val"), (splits.train, splits.val), (splits.train_rows, splits.val_rows),
-                                         features, labels):
-        order = torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, job.seed, 4))
-        chosen = torch.cat([order[y[order] == c][:job.per_class] for c in y.unique()]).sort().values
-        two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
-        if world()[0] == 0:
-            views = view_features(backbone, two_views, rows[chosen], **options)
-            space[part] = representation_space(x[chosen], *views, y[chosen])
+    sets = {"train": (splits.train, splits.train_rows), "val": (splits.val, splits.val_rows)}
+    x = {part: extract_features(backbone, dataset, job.image_size, rows=rows, **options) for part, (dataset, rows) in sets.items()}
     if world()[0]:
         return None
-    probe = linear_probe(features[0], labels[0], features[1], labels[1], seed=job.seed, device=job.device)
-    raw = best_nn(features[0], labels[0], features[1], labels[1], device=job.device)
-    on_sphere = best_nn(unit(features[0]), labels[0], unit(features[1]), labels[1], device=job.device)
-    report = {"linear_top1": probe["top1"], "linear_top5": probe["top5"], "linear_lr": probe["lr"],
-              "linear_weight_decay": probe["weight_decay"], "linear_held_out": probe["held_out"],
-              "knn": knn_accuracy(features[0], labels[0], features[1], labels[1], device=job.device),
-              "best_nn": raw[0], "best_nn_k": raw[1], "best_nn_unit": on_sphere[0], "space": space}
-    if extras and job.protocol == "augmented":
-        report["augmented_top1"] = augmented_probe(backbone, splits, features[1], job.image_size, arch=job.arch, seed=job.seed,
-                                                   epochs=job.epochs, **options)
+    y = {part: dataset.labels[rows] for part, (dataset, rows) in sets.items()}
+    both = (x["train"], y["train"], x["val"], y["val"])
+    report = {f"linear_{key}": value for key, value in linear_probe(*both, seed=job.seed, device=job.device).items()}
+    report["knn"] = knn_accuracy(*both, device=job.device)
+    report["best_nn"], report["best_nn_k"] = best_nn(*both, device=job.device)
+    report["best_nn_unit"], _ = best_nn(unit(x["train"]), y["train"], unit(x["val"]), y["val"], device=job.device)
+    report["space"] = {}
+    for part, (dataset, rows) in sets.items():
+        order = torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, job.seed, 4))
+        chosen = torch.cat([order[y[part][order] == c][:job.per_class] for c in y[part].unique()])
+        two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
+        report["space"][part] = representation_space(x[part][chosen], *view_features(backbone, two_views, rows[chosen], **options),
+                                                     y[part][chosen])
+    if job.protocol == "augmented":
+        report["augmented_top1"] = augmented_probe(backbone, splits, x["val"], job, **options)
     if any(not torch.equal(t, before[name]) for name, t in backbone.state_dict().items()):
         raise RuntimeError("the backbone moved during its evaluation")     # a bug here, never the user's doing
-    return report, *features
+    return report, x["train"], x["val"]
 
 
 def print_reports(columns):
     """columns: {title: report}, side by side."""
     width = max(18, *(len(title) for title in columns)) + 2
-    print(f"\n{'':32s}" + "".join(f"{title:>{width}s}" for title in columns))
-    for key, name, better in ROWS:
-        if any(key in r for r in columns.values()):
-            cells = [f"{100 * r[key]:.1f}" if key in r else "-" for r in columns.values()]
-            print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {better}")
+
+    def line(name, cells, reading):
+        print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {reading}")
+
+    print()
+    line("", columns, "")
+    for key, (name, reading) in PROBES.items():
+        if any(key in report for report in columns.values()):
+            line(name, [f"{100 * report[key]:.1f}" if key in report else "-" for report in columns.values()], reading)
     for part in ("train", "val"):
         print(f"representation space, {part}: unit-length features, images | augmented views where two numbers")
-        for key, name, better in SPACE_ROWS:
-            cells = []
-            for report in columns.values():
-                space = report["space"][part]
-                values = [space[key]] + ([space[key + "_views"]] if key + "_views" in space and "finds" not in name else [])
-                factor, digits = (100, 1) if "%" in name else (1, 3)
-                cells.append(" | ".join(f"{factor * v:.{digits}f}" for v in values))
-            print(f"  {name:30s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {better}")
+        for key, (name, reading) in SPACE.items():
+            spaces = [report["space"][part] for report in columns.values()]
+            if name.endswith("%"):
+                cells = [f"{100 * space[key]:.1f}" for space in spaces]
+            else:
+                cells = [" | ".join(f"{space[k]:.3f}" for k in (key, key + "_views") if k in space) for space in spaces]
+            line("  " + name, cells, reading)
 
 
 def read_job(flags, run):
     """What to evaluate: a run's settings, or the flags for bare --weights -> namespace."""
-    job = SimpleNamespace(run=run, seed=flags.seed, per_class=flags.per_class, protocol=flags.protocol, epochs=flags.epochs,
-                          workers=flags.workers, views={}, settings=None, device=flags.device)
+    job = SimpleNamespace(**vars(flags) | dict(run=run, views={}, settings=None))
     if run is None:
         if not flags.arch:
             raise UserError(f"--weights {flags.weights} needs --arch: one of {', '.join(ARCHS)}")
-        job.weights, job.arch, job.title, job.data = flags.weights, flags.arch, Path(flags.weights).name, flags.data or "shapes"
+        job.title, job.data = Path(flags.weights).name, flags.data or "shapes"
         job.image_size = flags.image_size or data.default_image_size(data.load_dataset(job.data, "train"))
+        job.small_images = job.image_size <= data.SMALL
         return job
     if not (run / "args.json").is_file():
         raise UserError(f"{run} is not a run of pretrain.py (it has no args.json): pass a folder such as runs/...")
     try:
-        job.settings = json.loads((run / "args.json").read_text())
-        job.arch, job.image_size, job.data = (job.settings[k] for k in ("arch", "image_size", "data"))
-        job.views = {k: job.settings[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
+        c = job.settings = json.loads((run / "args.json").read_text())
+        job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
+        job.small_images = c["image_size"] <= data.SMALL
+        job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
     except (ValueError, KeyError) as error:
         raise UserError(f"{run / 'args.json'} is damaged ({error}): restore it or pretrain again with --restart") from None
-    if flags.arch and flags.arch != job.arch:
+    if flags.arch not in (None, job.arch):
         raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
-    job.weights = run / ("last.pt" if flags.encoder == "key" else "backbone.pt")
-    job.data, job.title = flags.data or job.data, str(run)
-    job.image_size = flags.image_size or job.image_size
+    job.weights, job.title = run / ("last.pt" if flags.encoder == "key" else "backbone.pt"), str(run)
     return job
 
 
-def run_job(job, flags):
-    """Evaluate one network and its random twin, write and draw -> (report, random report)."""
+def run_job(job):
+    """Evaluate one network and its random twin, write and draw -> (random report, report); None but on the first process."""
     started = time.perf_counter()
-    say = print if world()[0] == 0 else lambda *_, **__: None
     splits = labelled_splits(job.data, job.seed)
-    small = (job.settings or vars(job))["image_size"] <= data.SMALL
-    backbone = build_backbone(job.arch, small)
-    load_weights(backbone, job.weights, flags.encoder)
-    say(f"{job.title}: {job.arch}, {flags.encoder} encoder, on {job.data}: {len(splits.train_rows)} training and {len(splits.val_rows)} "
-        f"validation images of {len(splits.names)} classes at {job.image_size} px"
-        + (f"\n  {splits.note}" if splits.note else ""), flush=True)
     torch.manual_seed(job.seed)
-    random = build_backbone(job.arch, small)
-    found = []
-    for net in (random, backbone):
-        net.to(job.device, memory_format=torch.channels_last)
-        if net is random:
-            estimate_batch_norm(net, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
-        found.append(evaluate(net, splits, job, extras=net is backbone))
+    random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last) for _ in range(2))
+    load_weights(backbone, job.weights, job.encoder)
+    if world()[0] == 0:
+        print(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data}: {len(splits.train_rows)} training and "
+              f"{len(splits.val_rows)} validation images of {len(splits.names)} classes at {job.image_size} px"
+              + (f"\n  {splits.note}" if splits.note else ""), flush=True)
+    estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
+    found = [evaluate(net, splits, job) for net in (random, backbone)]
     if world()[0]:
         return None
     (random_report, _, random_x), (report, train_x, val_x) = found
     if job.run:
-        val_y = splits.val.labels[splits.val_rows]
-        draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.image_size, job.seed, job.device)
-        draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)], val_y, splits.names)
-        draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed, job.device)
-        content = {"run": job.title, "data": job.data, "encoder": flags.encoder, "image_size": job.image_size, "note": splits.note,
+        content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size, "note": splits.note,
                    "train_images": len(splits.train_rows), "val_images": len(splits.val_rows), "seed": job.seed,
                    "pretrained": report, "random": random_report, "seconds": time.perf_counter() - started}
         try:
             (job.run / "lineval.json").write_text(json.dumps(content, indent=1) + "\n")
+            draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.seed, job.device)
+            draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)],
+                     splits.val.labels[splits.val_rows], splits.names)
+            draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed)
         except OSError as error:
-            raise UserError(f"cannot write {job.run / 'lineval.json'} ({error.strerror}): make room") from None
-    return report, random_report
+            raise UserError(f"cannot write {error.filename or job.run} ({error.strerror}): make room") from None
+    return random_report, report
 
 
 def main(argv=None):
@@ -634,11 +589,11 @@ def main(argv=None):
             torch.cuda.set_device(flags.device)
     columns = {}
     for job in jobs:
-        both = run_job(job, flags)
+        both = run_job(job)
         if both:
             several = len(jobs) > 1
-            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if several else "random weights", both[1])
-            columns[Path(job.title).name if several else "pretrained"] = both[0]
+            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if several else "random weights", both[0])
+            columns[Path(job.title).name if several else "pretrained"] = both[1]
     if columns:
         print_reports(columns)
         written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]

@@ -64,9 +64,10 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 class SoftInfoNCE(torch.autograd.Function):
     """Value and gradient in one pass over one N x K buffer.
 
-    The gradient of a cross-entropy with respect to its logits is softmax minus target, so it is ready as soon as the
-    softmax is: the buffer of logits is turned into it in place, and nothing of size N x K is kept for backward.
-    `definition` says the same in terms that autograd can follow, at four times the memory.
+    The gradient of a cross-entropy with respect to its logits is softmax minus target, and each logit is q.key over the
+    temperature. So the gradient for q is known as soon as the softmax is: the buffer of logits becomes the softmax in
+    place, the target never leaves D dimensions, and nothing of size N x K is kept for backward. `definition` says the
+    same in terms that autograd can follow, at four times the memory.
     """
 
     @staticmethod
@@ -86,33 +87,29 @@ class SoftInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, queue, temperature, smoothing, weights):
-        n, size = len(q), len(queue)
-        positive = (q * k).sum(1)                                                # (N,) cosines
-        logits = q @ queue.T                                                     # (N, K) cosines until div_
-        top, rows = logits.topk(1 if weights is None else len(weights))          # nearest first
+        positive = (q * k).sum(1) / temperature                                  # (N,)
+        logits = (q / temperature) @ queue.T                                     # (N, K)
+        top, rows = largest(logits, 1 if weights is None else len(weights))      # nearest first
         nearest = top[:, 0]
-        pos, top = positive / temperature, top / temperature
-        peak = torch.maximum(pos, top[:, 0])                                     # the greatest logit: exp stays <= 1
-        if weights is None:
-            soft = smoothing * (q @ queue.mean(0)) / temperature                 # mean of all K logits, without the N x K
-            rows = rows[:, :0]
+        peak = torch.maximum(positive, nearest)                                  # the greatest logit: exp stays <= 1
+        if weights is None:     # evenly on all K: their mean stands for them
+            target, rows = smoothing * queue.mean(0), rows[:, :0]                # (D,)
+            soft = q @ target / temperature                                      # (N,)
         else:
             weights = weights.to(q)
+            target = torch.einsum("j,njd->nd", weights, queue[rows])             # (N, D)
             soft = top @ weights
-        logits.div_(temperature).sub_(peak[:, None]).exp_()
-        p_pos = (pos - peak).exp()
-        partition = logits.sum(1) + p_pos                                        # (N,)
-        loss = (partition.log() + peak - (1 - smoothing) * pos - soft).mean()
-        if ctx.needs_input_grad[0]:
-            gradient = logits.div_(partition[:, None])                           # softmax ...
-            if weights is None:
-                gradient.sub_(smoothing / size)                                  # ... minus target
-            else:
-                gradient.scatter_add_(1, rows, -weights.expand(n, -1))
-            toward_k = p_pos / partition - (1 - smoothing)
-            gradient = torch.addmm(toward_k[:, None] * k, gradient, queue)       # (N, D)
-            ctx.save_for_backward(gradient.div_(n * temperature))
-        info = (positive > nearest).to(q.dtype).mean(), positive, nearest, rows
+        p = logits.sub_(peak[:, None]).exp_()                                    # (N, K) softmax times partition
+        p_positive = (positive - peak).exp()
+        partition = p.sum(1) + p_positive                                        # (N,)
+        loss = (partition.log() + peak - (1 - smoothing) * positive - soft).mean()
+        if ctx.needs_input_grad[0]:     # sum over the keys of (softmax - target) key / temperature
+            gradient = torch.addmm(p_positive[:, None] * k, p, queue).div_(partition[:, None])     # (N, D)
+            gradient.sub_((1 - smoothing) * k).sub_(target)
+            ctx.save_for_backward(gradient.div_(len(q) * temperature))
+        # Strictly nearer, by more than the rounding of a cosine: where all embeddings are equal, no query is right.
+        right = (positive - nearest) * temperature > 8 * torch.finfo(q.dtype).eps
+        info = right.to(q.dtype).mean(), positive * temperature, nearest * temperature, rows
         ctx.mark_non_differentiable(*info)
         return loss, *info
 
@@ -120,6 +117,19 @@ class SoftInfoNCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
         return upstream * ctx.saved_tensors[0], None, None, None, None, None
+
+
+def largest(x, count, block=64):
+    """`x.topk(count)` of x (N, K), twice as fast on a CPU: the `count` largest of a row lie in the `count` blocks of
+    columns that have the largest maxima, so only those are searched."""
+    n, size = x.shape
+    if size % block or count * block >= size:
+        return x.topk(count)
+    blocks = x.view(n, -1, block)
+    chosen = blocks.amax(2).topk(count).indices                                  # (N, count)
+    columns = (chosen[:, :, None] * block + torch.arange(block, device=x.device)).flatten(1)
+    top = x.gather(1, columns).topk(count)
+    return top.values, columns.gather(1, top.indices)
 
 
 def check(q, k, queue, temperature, smoothing, neighbors, weighting):

@@ -1,6 +1,7 @@
 """Every measure against its naive formula; the report as a user gets it; bad input."""
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,34 @@ def test_random_baseline_sees_the_datas_statistics(images):
     x = F.conv2d(data.normalize(torch.stack([dataset[int(i)][0] for i in order])), net.conv1.weight, padding=1)
     torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
     assert not net.training
+
+
+def test_augmented_protocol_trains_on_fresh_crops_of_the_frozen_network(images):
+    """A stand-in backbone, the mean colour: red, green and blue images are told apart from any crop, random labels are not;
+    and every epoch brings other crops."""
+    names = ["r", "g", "b"]
+    labels = torch.arange(60) % 3
+    pictures = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
+    pictures[torch.arange(60), labels] = torch.randint(99, 255, (60, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    seen = []
+
+    class MeanColour(torch.nn.Module):
+        feature_dim = 3
+
+        def forward(self, x):
+            seen.append(x)
+            return x.mean((2, 3))
+
+    job = SimpleNamespace(arch="mobilenetv3_small", image_size=32, seed=0, epochs=8)
+    accuracy = []
+    for y in (labels, torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(1))):
+        dataset, rows = data.Pictures("colours", pictures, y, names), torch.arange(60)
+        splits = SimpleNamespace(train=dataset, train_rows=rows, val=dataset, val_rows=rows, names=names)
+        val_x = MeanColour()(data.normalize(pictures))
+        torch.manual_seed(0)
+        accuracy.append(lineval.augmented_probe(MeanColour(), splits, val_x, job, device="cpu", workers=0, batch_size=20))
+    assert accuracy[0] == 1 and accuracy[1] < 0.7
+    assert len(seen) == 2 * (1 + 8 * 3) and not torch.equal(seen[1], seen[4])
 
 
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets as tv_datasets
-from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
@@ -514,9 +514,9 @@ def write_grid(images, path, columns):
     """Normalised float images (N, 3, S, S) -> one PNG, enlarged to about 96 px an image."""
     mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (MEAN, STD))
     grid = make_grid((images * std + mean).clamp(0, 1).cpu().float(), nrow=columns, padding=2, pad_value=1.0)
+    picture = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     factor = max(1, round(96 / images.shape[2]))
-    grid = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    write_png((grid * 255).round().to(torch.uint8), str(path))
+    picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST).save(path)
 
 
 def describe(name):
@@ -587,7 +587,7 @@ def exit_with(error):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        exit_with("usage: python data.py PATH, or one of shapes, " + ", ".join(TORCHVISION))
+        exit_with(UserError("usage: python data.py PATH, or one of shapes, " + ", ".join(TORCHVISION)))
     try:
         describe(sys.argv[1])
     except UserError as error:

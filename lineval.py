@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,10 +82,10 @@ def labelled_splits(name, seed=0, train=None):
         val_rows, train_rows = order[:cut].sort().values, order[cut:].sort().values
         note = f"no val split: {cut} of {len(order)} images held out (keyed by the seed; pretraining saw them, unlabelled)"
     classes = len(train.labels[train_rows].unique())
-    if classes < 2 or not len(val_rows):
+    if classes < 2 or len(val.labels[val_rows].unique()) < 2:
         what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"
         raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: evaluation needs "
-                        f"a folder for each of at least 2 classes, or a labelled dataset by --data")
+                        f"at least 2 classes in each, a folder a class, or a labelled dataset by --data")
     return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes, note=note)
 
 
@@ -107,13 +108,17 @@ def extract_features(net, dataset, image_size, *, rows=None, device="cpu", worke
     loader = DataLoader(Subset(data.CenterView(dataset, image_size), mine.tolist()), batch_size, num_workers=workers,
                         worker_init_fn=data.outlive_signals, pin_memory=str(device).startswith("cuda"))
     features, at = None, 0
-    for images, _, _ in loader:
-        out = net(data.normalize(images.to(device)))
-        if features is None:
-            half = 4 * len(rows) * out.shape[1] > 2 ** 31
-            features = torch.empty(len(mine), out.shape[1], dtype=torch.float16 if half else torch.float32)
-        features[at:at + len(out)] = out.float()
-        at += len(out)
+    try:
+        for images, _, _ in loader:
+            out = net(data.normalize(images.to(device)))
+            if features is None:
+                half = 4 * len(rows) * out.shape[1] > 2 ** 31
+                features = torch.empty(len(mine), out.shape[1], dtype=torch.float16 if half else torch.float32)
+            features[at:at + len(out)] = out.float()
+            at += len(out)
+    except UserError as error:      # an image that only this process has seen
+        error.from_one_process = True
+        raise
     if size > 1:
         parts = [torch.empty_like(features, device=device) for _ in range(size)]
         dist.all_gather(parts, features.to(device))
@@ -150,14 +155,12 @@ def estimate_batch_norm(backbone, dataset, rows, image_size, *, device="cpu", se
 
 # ---------------------------------------------------------------------- probes
 
-def neighbors_of(val_x, train_x, k, device, squared_distance=False, chunk=1 << 27):
-    """Values and rows of the k nearest rows of train_x for every row of val_x, in chunks of pairs: two (V, k) tensors.
+def neighbors_of(val_x, train_x, k, device, squared_distance=False, step=1024, block=1 << 17):
+    """Values and rows of the k nearest rows of train_x for every row of val_x: two (V, k) tensors.
 
-    Similarity is the inner product, or minus the squared Euclidean distance.
+    Similarity is the inner product, or minus the squared Euclidean distance; of step x block pairs at a time.
     """
     values, rows = [], []
-    step = max(1, min(1024, chunk // len(train_x)))
-    block = max(k, 1 << 17)
     for part in val_x.split(step):
         part = part.to(device).float()
         best = None
@@ -258,19 +261,19 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=N
     scale = (torch.where(alive, var, torch.inf).rsqrt() / math.sqrt(train_x.shape[1])).float()
     mean, classes = mean.float(), int(max(train_y.max(), val_y.max())) + 1
 
-    def scores(x, fitted):
-        return torch.cat([probe_scores((part.to(device).float() - mean) * scale, *fitted).cpu() for part in x.split(8192)])
+    def ranked(x, fitted, count):      # (N, G, count) classes, best first
+        return torch.cat([probe_scores((part.to(device).float() - mean) * scale, *fitted).topk(count).indices.cpu()
+                          for part in x.split(1024)])
 
     winner, held_out = grid[0], float("nan")
     if len(grid) > 1:
         order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
         judge, learn = order.tensor_split([max(1, len(order) // 10)])
         fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, seed=seed, device=device, steps=steps)
-        accuracy = (scores(train_x[judge], fitted).argmax(2) == train_y[judge, None]).float().mean(0)      # (G,)
+        accuracy = (ranked(train_x[judge], fitted, 1)[:, :, 0] == train_y[judge, None]).float().mean(0)      # (G,)
         winner, held_out = grid[int(accuracy.argmax())], accuracy.max().item()
     fitted = train_probes(train_x, train_y, mean, scale, classes, [winner], seed=seed, device=device, steps=steps)
-    ranked = scores(val_x, fitted)[:, 0].topk(min(5, classes)).indices
-    right = ranked == val_y[:, None]
+    right = ranked(val_x, fitted, min(5, classes))[:, 0] == val_y[:, None]                    # (V, 5)
     return {"top1": right[:, 0].float().mean().item(), "top5": right.any(1).float().mean().item(),
             "lr": winner[0], "weight_decay": winner[1], "held_out": held_out}
 
@@ -447,7 +450,7 @@ SPACE = {
 
 
 def evaluate(backbone, splits, job):
-    """All measures of one frozen network -> (report, train features, val features); None but on the first process."""
+    """All measures of one frozen network -> (report, train features, val features); None thrice but on the first process."""
     before = copy.deepcopy(backbone.state_dict())
     # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
     backbone.eval()
@@ -455,7 +458,7 @@ def evaluate(backbone, splits, job):
     sets = {"train": (splits.train, splits.train_rows), "val": (splits.val, splits.val_rows)}
     x = {part: extract_features(backbone, dataset, job.image_size, rows=rows, **options) for part, (dataset, rows) in sets.items()}
     if world()[0]:
-        return None
+        return None, None, None
     y = {part: dataset.labels[rows] for part, (dataset, rows) in sets.items()}
     both = (x["train"], y["train"], x["val"], y["val"])
     report = {f"linear_{key}": value for key, value in linear_probe(*both, seed=job.seed, device=job.device).items()}
@@ -536,10 +539,10 @@ def run_job(job):
               f"{len(splits.val_rows)} validation images of {len(splits.names)} classes at {job.image_size} px"
               + (f"\n  {splits.note}" if splits.note else ""), flush=True)
     estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
-    found = [evaluate(net, splits, job) for net in (random, backbone)]
+    random_report, random_x = evaluate(random, splits, job)[::2]      # not its training features: at ImageNet's size, 3 GiB
+    report, train_x, val_x = evaluate(backbone, splits, job)
     if world()[0]:
         return None
-    (random_report, _, random_x), (report, train_x, val_x) = found
     if job.run:
         content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size, "note": splits.note,
                    "train_images": len(splits.train_rows), "val_images": len(splits.val_rows), "seed": job.seed,
@@ -549,7 +552,10 @@ def run_job(job):
             draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.seed, job.device)
             draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)],
                      splits.val.labels[splits.val_rows], splits.names)
-            draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed)
+            try:
+                draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed)
+            except UserError as error:      # no last.pt, or its dataset is elsewhere: the report does not need them
+                print(f"no soft_positives.png: {error}")
         except OSError as error:
             raise UserError(f"cannot write {error.filename or job.run} ({error.strerror}): make room") from None
     return random_report, report
@@ -584,16 +590,18 @@ def main(argv=None):
             raise UserError("no finished epoch of any run in runs/: start with python pretrain.py, or pass --weights")
         jobs = [read_job(flags, Path(run)) for run in flags.runs or [newest[0].parent]]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo")
         if flags.device.type == "cuda":
             torch.cuda.set_device(flags.device)
+        # Days: the first process measures alone while the others wait.
+        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     columns = {}
     for job in jobs:
         both = run_job(job)
         if both:
-            several = len(jobs) > 1
+            several, names = len(jobs) > 1, [Path(other.title).name for other in jobs]
             columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if several else "random weights", both[0])
-            columns[Path(job.title).name if several else "pretrained"] = both[1]
+            name = Path(job.title).name
+            columns[(job.title if names.count(name) > 1 else name) if several else "pretrained"] = both[1]
     if columns:
         print_reports(columns)
         written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]

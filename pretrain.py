@@ -9,6 +9,7 @@ MoCo (arXiv 1911.05722) with the recipes of two papers on small networks, [Light
 2107.14762, in the table below. The same command, given again, continues an interrupted run. Then: python lineval.py
 """
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
@@ -80,6 +81,7 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
               jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}     # between the parts of one resumed run
+DRY_STEPS = 10       # of --dry-run, after 3 that are not timed
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -138,7 +140,7 @@ def resolve(flags, dataset, feature_dim):
     width = str(settings["hidden_dim"])
     try:
         settings["hidden_dim"] = round(float(width[:-1]) * feature_dim) if width.endswith("x") else int(width)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"--hidden-dim {width}: pass a width, or one in feature widths such as 2x") from None
     settings["jitter"] = list(settings["jitter"])
     settings.update(data=flags.data, dataset=dataset.fingerprint, arch=flags.arch, recipe=flags.recipe, seed=flags.seed,
@@ -183,17 +185,19 @@ def check(c, n, world):
         raise UserError("--jitter's hue must be at most 0.5, --min-scale and --temperature above 0")
     if c["image_size"] < 8:
         raise UserError(f"--image-size {c['image_size']}: must be at least 8")
+    if not 0 <= c["seed"] < 2 ** 63:
+        raise UserError(f"--seed {c['seed']}: must lie in [0, 2^63)")
     batch, splits = c["batch_size"], c["bn_splits"]
     if n < batch:
-        raise UserError(f"{c['data']} has {n} images, fewer than one batch of {batch}: pass --batch-size {n // splits * splits}"
-                        f" or less, or add images")
+        fits = f"pass --batch-size {n // splits * splits} or less, or " if n >= 2 * splits else ""
+        raise UserError(f"{c['data']} has {n} images, fewer than one batch of {batch}: {fits}add images")
     if splits % world:
         raise UserError(f"--bn-splits {splits} cannot be shared by {world} processes: pass --bn-splits {world} (this changes "
                         f"the method) or start a number of processes that divides {splits}")
     if batch % splits or batch < 2 * splits:
         raise UserError(f"--batch-size {batch} is not --bn-splits {splits} equal slices of at least 2 images: "
                         f"pass a multiple of {splits} from {2 * splits} on")
-    keys = n * (2 if c["symmetric"] else 1)
+    keys = n // batch * batch * (2 if c["symmetric"] else 1)
     if c["queue_size"] >= keys:
         raise UserError(f"--queue-size {c['queue_size']} holds a whole epoch's {keys} keys, so a query would meet its own old "
                         f"keys as negatives: pass --queue-size {max(1, keys // 8)} or less")
@@ -325,9 +329,11 @@ def train(s):
         s.clock.steps += 1
         if done % c["log_every"] == 0 or end_of_epoch or s.dry_run:
             paused = time.perf_counter()
-            knn = online_knn(s, done // per_epoch) if end_of_epoch and not s.dry_run else None
+            knn = online_knn(s, done) if end_of_epoch and not s.dry_run else None
             s.clock.started += time.perf_counter() - paused      # images/s and the time left are those of training alone
             log(s, step, loss, infos[0], neighbor_index, index, keys, smoothing, lr, knn)
+        if s.dry_run and done == s.last_step - DRY_STEPS:      # start-up and compilation are over
+            s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
         stop, overdue = agree(p, done, time.monotonic() - saved_at > 60 * c["save_minutes"])
         if end_of_epoch or stop or overdue:
             save(s, done)
@@ -359,7 +365,7 @@ def agree(p, done, overdue):
         return STOP["signal"], overdue
     if done % AGREE_EVERY:
         return 0, False
-    wants = torch.tensor([STOP["signal"], int(overdue)])
+    wants = torch.tensor([STOP["signal"], int(overdue)], device=p.device)
     dist.all_reduce(wants, dist.ReduceOp.MAX)
     return wants.tolist()
 
@@ -402,15 +408,13 @@ def log(s, step, loss, info, neighbor_index, index, keys, smoothing, lr, knn):
           + ("  [queue still holds random keys]" if random_keys else "")
           + (f"\n  kNN of the backbone's features {knn[0]:.1%}, of the head's output {knn[1]:.1%}" if knn else ""), flush=True)
     if not s.dry_run:
-        with open(s.run / "log.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, LOG)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        with writing(s.run / "log.csv"), open(s.run / "log.csv", "a", newline="") as file:
+            file.write(as_csv([row], header=file.tell() == 0))
 
 
-def online_knn(s, epoch):
+def online_knn(s, done):
     """Accuracies of the backbone's features and of the head's output, labels used for this report only; None if not due."""
+    epoch = done // s.per_epoch
     due = s.c["knn_every"] and (epoch % s.c["knn_every"] == 0 or epoch == s.c["epochs"])
     if not due or s.splits is None:
         return None
@@ -424,8 +428,12 @@ def online_knn(s, epoch):
     sets = []
     for dataset, rows, most in ((s.splits.train, s.splits.train_rows, KNN_TRAIN), (s.splits.val, s.splits.val_rows, KNN_VAL)):
         rows = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, s.c["seed"])[:most])]
-        sets.append((extract_features(backbone_and_head, dataset, s.c["image_size"], rows=rows, device=s.p.device,
-                                      workers=s.c["workers"]), dataset.labels[rows]))
+        try:
+            sets.append((extract_features(backbone_and_head, dataset, s.c["image_size"], rows=rows, device=s.p.device,
+                                          workers=s.c["workers"]), dataset.labels[rows]))
+        except UserError:      # an image of val, say: what was trained is kept
+            save(s, done, alone=True)
+            raise
     s.encoder.train()
     (train_x, train_y), (val_x, val_y) = sets
     parts = (slice(0, width), slice(width, None))
@@ -459,31 +467,55 @@ def save(s, done, alone=False):
         raise UserError(f"the weights are not finite after step {done}: the last good checkpoint is kept; "
                         f"try a lower --lr, a longer --warmup-epochs, or --amp off")
     write(s.run / "last.pt", state)
-    write(s.run / "backbone.pt", s.encoder.backbone.state_dict())
+    write(s.run / "backbone.pt", {name: t.cpu() for name, t in s.encoder.backbone.state_dict().items()})
     about = {"arch": s.c["arch"], "feature_dim": s.encoder.backbone.feature_dim, "image_size": s.c["image_size"],
              "small_images": s.c["image_size"] <= data.SMALL, "mean": data.MEAN, "std": data.STD, "encoder": "query",
              "data": s.c["data"], "epoch": done / s.per_epoch}
-    write(s.run / "backbone.json", about)
+    write(s.run / "backbone.json", as_json(about))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what the disk refuses, in the block, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room, or pass another --out, and give the same command "
+                        f"again; what was saved before is whole") from None
 
 
 def write(path, content):
     """Serialise in memory, write beside `path`, flush to disk, rename: `path` is the old file or the new, never half."""
     buffer = io.BytesIO()
-    if path.suffix == ".json":
-        buffer.write(json.dumps(content, indent=1).encode() + b"\n")
-    else:
+    if path.suffix == ".pt":
         torch.save(content, buffer)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}): make room and give the same command again; "
-                        f"what was saved before is whole") from None
+    else:
+        buffer.write(content.encode())
+    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.tmp")      # a process that saves alone has its own
+    with writing(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def as_json(content):
+    return json.dumps(content, indent=1) + "\n"
+
+
+def as_csv(rows, header):
+    """Rows of the log -> text."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LOG)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def resume(s):
@@ -508,23 +540,27 @@ def resume(s):
     if s.p.rank == 0 and log_file.exists():
         with open(log_file, newline="") as file:
             rows = [r for r in csv.DictReader(file) if r["hours_left"] and int(r["step"]) <= s.step]     # whole rows
-        with open(log_file, "w", newline="") as file:
-            writer = csv.DictWriter(file, LOG)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(log_file, as_csv(rows, header=True))
 
 
 # ---------------------------------------------------------------------- start to end
 
 def start_processes():
     """Join torchrun's processes, if any -> p: rank, world, device, amp_dtype."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                            f"pass --nproc_per_node={torch.cuda.device_count()} to torchrun")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if world > 1:     # gloo beside NCCL carries the small agreements in `agree`, without waiting for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        # torchrun keeps one store through its restarts: without a prefix, processes would find the addresses of dead ones.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return SimpleNamespace(rank=rank, world=world, device=device, amp_dtype=None)
 
 
@@ -552,13 +588,15 @@ def build(c, p, dataset, flags):
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     if c["compile"]:
         for part in (encoder, key_encoder):
-            part.backbone.compile(), part.head.compile()      # one slice's network; the loop over slices stays as it is
+            part.backbone.compile(), part.head.compile()      # in place: the names in the state dict stay torchvision's
     query = encoder
     if p.world > 1:
         with warnings.catch_warnings():     # torch 2.14 has a new name for broadcast_buffers, which 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
             query = DistributedDataParallel(encoder, [p.device] if p.device.type == "cuda" else None, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(encoder.parameters(), c["lr"], c["sgd_momentum"], weight_decay=c["weight_decay"], fused=True)
+    # Not fused with fp16: where the scaler skips the first step, torch's fused SGD keeps a momentum that was never set.
+    optimizer = torch.optim.SGD(encoder.parameters(), c["lr"], c["sgd_momentum"], weight_decay=c["weight_decay"],
+                                fused=p.amp_dtype != torch.float16)
     seen = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(seen) / max(len(seen), 1)
     s = SimpleNamespace(
@@ -571,7 +609,9 @@ def build(c, p, dataset, flags):
     restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0     # not when torchrun restarts us
     if (s.run / "last.pt").exists() and not restart and not s.dry_run:
         resume(s)
-    s.last_step = s.step + 10 if s.dry_run else s.total_steps
+    if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
+        raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all machines share")
+    s.last_step = s.step + 3 + DRY_STEPS if s.dry_run else s.total_steps
     s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
     two_views = data.TwoViews(dataset, c["image_size"], c["seed"], min_scale=c["min_scale"], jitter=c["jitter"],
                               jitter_p=c["jitter_p"], gray_p=c["gray_p"], blur_p=c["blur_p"])
@@ -589,7 +629,11 @@ def main(argv=None):
     if p.device.type == "cpu":
         keep_freed_memory()
     say = print if p.rank == 0 else lambda *_, **__: None
+    if p.world > 1 and flags.data in data.TORCHVISION and int(os.environ["LOCAL_RANK"]):
+        dist.barrier()      # the first process of a machine downloads, the others wait
     dataset = data.load_dataset(flags.data, "train")
+    if p.world > 1 and flags.data in data.TORCHVISION and not int(os.environ["LOCAL_RANK"]):
+        dist.barrier()
     with torch.device("meta"):
         feature_dim = ARCHS[flags.arch]().feature_dim
     c, origin = resolve(flags, dataset, feature_dim)
@@ -611,11 +655,12 @@ def main(argv=None):
     if s.step:
         say(f"continuing {s.run} after step {s.step} of {s.total_steps}")
     elif not s.dry_run and p.rank == 0:
-        s.run.mkdir(parents=True, exist_ok=True)
-        for old in ("last.pt", "log.csv", "lineval.json"):
-            (s.run / old).unlink(missing_ok=True)
-        write(s.run / "args.json", c)
-        data.draw_view_pairs(two_views, s.run / "views.png")
+        with writing(s.run):
+            s.run.mkdir(parents=True, exist_ok=True)
+            for old in ("last.pt", "log.csv", "lineval.json", "backbone.pt", "backbone.json"):
+                (s.run / old).unlink(missing_ok=True)
+            write(s.run / "args.json", as_json(c))
+            data.draw_view_pairs(two_views, s.run / "views.png")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: STOP.update(signal=received))
     stopped = train(s)
@@ -640,13 +685,14 @@ def run(argv=None):
         main(argv)
     except UserError as error:
         data.exit_with(error)
-    except RuntimeError as error:     # gloo and NCCL report a process that left; its own message says why
-        lost = any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe"))
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not lost:
-            raise
-        traceback.clear_frames(error.__traceback__)     # as in exit_with
-        print(f"process {os.environ['RANK']}: another process stopped", file=sys.stderr, flush=True)
-        sys.exit(1)
+    except Exception as error:
+        # gloo and NCCL report a process that left; its own message says why.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe")):
+            print(f"process {os.environ['RANK']}: another process stopped ({data.last_line(error)})", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)     # at once: an ordinary exit waits for the loader's workers, which outlive SIGTERM by a minute
 
 
 if __name__ == "__main__":

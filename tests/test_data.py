@@ -252,6 +252,10 @@ def test_data_py_lists_what_it_found_and_names_broken_files(tmp_path):
     one_line_error(result, "remove or replace")
 
 
+def test_data_py_without_a_dataset_says_what_to_pass(tmp_path):
+    one_line_error(run_script("data.py", cwd=tmp_path), "usage: python data.py PATH")
+
+
 def test_evaluation_view():
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
     view = data.CenterView([(image, 4)], 224)

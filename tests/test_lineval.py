@@ -50,7 +50,7 @@ def test_best_nn_is_the_best_odd_k_of_the_plain_vote():
 
 def test_neighbours_do_not_depend_on_the_chunks():
     (x, _), (v, _) = cloud(300), cloud(70, seed=1)
-    values, rows = lineval.neighbors_of(v, x, 9, "cpu", chunk=600)
+    values, rows = lineval.neighbors_of(v, x, 9, "cpu", step=16, block=50)
     expected = (v @ x.T).topk(9)
     torch.testing.assert_close(values, expected.values)
     assert torch.equal(rows, expected.indices)
@@ -243,6 +243,8 @@ def test_bad_input_is_one_line(finished, images, tmp_path, capsys, monkeypatch):
     one = tmp_path / "one" / "only"
     one.mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(one / "1.png")
+    write_images(tmp_path / "lonely", 5, splits=("train",))
+    write_images(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pt")
@@ -252,6 +254,7 @@ def test_bad_input_is_one_line(finished, images, tmp_path, capsys, monkeypatch):
         (["nowhere"], ["nowhere", "args.json"]),
         ([str(run), "--data", str(flat)], ["no labels"]),
         ([str(run), "--data", str(tmp_path / "one")], ["1 class"]),
+        ([str(run), "--data", str(tmp_path / "lonely")], ["1 validation images", "2 classes"]),
         ([str(run), "--arch", "resnet18"], ["resnet18", "mobilenetv3_small"]),
         (["--weights", "bad.pt"], ["--arch"]),
         (["--weights", "bad.pt", "--arch", "resnet18", "--data", str(images)], ["bad.pt", "cannot be loaded"]),

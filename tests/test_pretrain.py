@@ -159,6 +159,9 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch):
     (["--lr", "nan"], ["--lr nan"]),
     (["--temperature", "0"], ["--temperature"]),
     (["--hidden-dim", "wide"], ["wide"]),
+    (["--hidden-dim", "infx"], ["infx"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--out", __file__], [__file__, "cannot write"]),
     (["--init", "nowhere.pt"], ["nowhere.pt", "does not exist"]),
     (["--epochs", "x"], ["epochs"]),
 ])

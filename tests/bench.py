@@ -1,0 +1,221 @@
+"""Speed, as ratios: each part beside what one would otherwise run, in turns, in one process. Nothing is asserted.
+
+    python tests/bench.py views FOLDER     # two 224 px views of JPEG files: PIL + torchvision transforms, and decoding alone
+    python tests/bench.py loader           # two 32 px views of images in memory: the same, an item at a time
+    python tests/bench.py augment          # colour jitter, gray, blur, flip: torchvision's functional, an image at a time
+    python tests/bench.py loss             # soft InfoNCE: dense targets through autograd
+    python tests/bench.py ema              # momentum update: a Python loop over the parameters
+    python tests/bench.py models           # training step of each backbone: torchvision's
+    python tests/bench.py step [FLAGS]     # where a training step spends its time; the flags are those of pretrain.py
+
+One thread, on a GPU where there is one. Medians; machines are noisy: read the ratios.
+"""
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch     # noqa: E402
+import torch.nn.functional as F     # noqa: E402
+import torchvision     # noqa: E402
+from PIL import Image, ImageFilter     # noqa: E402
+from torchvision import transforms as T     # noqa: E402
+from torchvision.transforms.v2 import functional as TF     # noqa: E402
+
+import data     # noqa: E402
+import models as nets     # noqa: E402
+import pretrain     # noqa: E402
+from loss import soft_info_nce     # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def seconds(repeats=5, **variants):
+    """Median seconds of each variant; they take turns, so that drift hits all alike."""
+    times = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, variant in variants.items():
+            CUDA and torch.cuda.synchronize()
+            start = time.perf_counter()
+            variant()
+            CUDA and torch.cuda.synchronize()
+            if turn:     # the first is warm-up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def usual(size, blur):
+    """The transform of the papers' code."""
+    soften = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
+    return T.Compose([T.RandomResizedCrop(size, scale=(0.2, 1.0)), T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                      T.RandomGrayscale(0.2), *[T.RandomApply([soften], 0.5)] * blur, T.RandomHorizontalFlip(), T.ToTensor(),
+                      T.Normalize(data.MEAN, data.STD)])
+
+
+def report_views(n, t):
+    for name, value in t.items():
+        print(f"{name:30s} {n / value:8.1f} images/s, two views each")
+    print(f"host share {t['usual'] / t['ours']:.2f} x the usual; with augment on the same core {t['usual'] / t['ours and augment']:.2f} x")
+
+
+def views(folder, n=120):
+    dataset = data.load_dataset(folder, "train")
+    n = min(n, len(dataset))
+    two_views, transform = data.TwoViews(dataset, 224), usual(224, blur=True)
+
+    def theirs():
+        for i in range(n):
+            image = Image.open(dataset.path(i)).convert("RGB")
+            transform(image), transform(image)
+
+    def ours(apply=False):
+        for start in range(0, n, 8):
+            crops, params, _ = data.collate([two_views[(0, i)] for i in range(start, min(start + 8, n))])
+            if apply:
+                data.augment(crops.flatten(0, 1), params.flatten(0, 1))
+
+    t = seconds(usual=theirs, ours=ours, **{"ours and augment": lambda: ours(True),
+                                            "decoding alone": lambda: [data.read_image(dataset.path(i)) for i in range(n)]})
+    report_views(n, t)
+    print(f"decoding alone takes {t['decoding alone'] / t['ours']:.2f} of ours")
+
+
+def loader(n=512):
+    dataset = data.draw_shapes(n, 0, 32)
+    two_views, transform = data.TwoViews(dataset, 32, blur_p=0), usual(32, blur=False)
+    arrays = dataset.images.permute(0, 2, 3, 1).numpy()
+
+    def theirs():
+        for array in arrays:
+            image = Image.fromarray(array)
+            transform(image), transform(image)
+
+    def ours(apply=False):
+        crops, params, _ = data.collate(two_views.__getitems__([(0, i) for i in range(n)]))
+        if apply:
+            data.augment(crops.flatten(0, 1), params.flatten(0, 1))
+
+    report_views(n, seconds(usual=theirs, ours=ours, **{"ours and augment": lambda: ours(True)}))
+
+
+def augment():
+    for n, size in ((64, 224), (512, 32)):
+        crops = torch.randint(256, (n, 3, size, size), dtype=torch.uint8)
+        p = data.draw_params(data.keyed_uniform(10, 0, torch.arange(n).numpy()), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2,
+                             blur_p=0.5)
+        steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        crops, p = crops.to(DEVICE), p.to(DEVICE)
+
+        def theirs():
+            for x, row in zip(crops, p.tolist()):
+                x = TF.horizontal_flip(x) if row[data.FLIP] else x
+                x = TF.to_dtype(x, torch.float32, scale=True)
+                if any(v != neutral for v, neutral in zip(row[1:5], (1, 1, 1, 0))):
+                    for j in data.ORDERINGS[int(row[data.ORDERING])].tolist():
+                        x = steps[j](x, row[data.BRIGHTNESS + j])
+                x = TF.rgb_to_grayscale(x, 3) if row[data.GRAY] else x
+                x = TF.gaussian_blur(x, [13, 13], [row[data.SIGMA]] * 2) if row[data.SIGMA] else x
+                TF.normalize(x, data.MEAN, data.STD)
+
+        t = seconds(theirs=theirs, ours=lambda: data.augment(crops, p))
+        print(f"augment [{n}, 3, {size}, {size}]: {n / t['ours']:.0f} views/s, {t['theirs'] / t['ours']:.2f} x torchvision's functional")
+
+
+def loss(n=256, dim=128, k=65536, s=0.2, neighbors=20, tau=0.1):
+    keys, queue = (F.normalize(torch.randn(count, dim, device=DEVICE), dim=1) for count in (n, k))
+    start = F.normalize(torch.randn(n, dim, device=DEVICE), dim=1)
+
+    def dense():
+        q = start.clone().requires_grad_()
+        logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / tau
+        target = torch.zeros_like(logits)
+        target[:, 0] = 1 - s
+        target.scatter_(1, logits[:, 1:].topk(neighbors).indices + 1, s / neighbors)
+        (-(target * logits.log_softmax(1)).sum(1).mean()).backward()
+
+    def ours():
+        q = start.clone().requires_grad_()
+        soft_info_nce(q, keys, queue, temperature=tau, smoothing=s, neighbors=neighbors)[0].backward()
+
+    t = seconds(9, dense=dense, ours=ours)
+    print(f"loss, N {n}, K {k}: {1e3 * t['ours']:.1f} ms, {t['dense'] / t['ours']:.2f} x dense targets")
+
+
+def ema():
+    q, k = (nets.build_backbone("mobilenetv3_large").to(DEVICE) for _ in range(2))
+
+    def loop():
+        with torch.no_grad():
+            for a, b in zip(q.parameters(), k.parameters()):
+                b.data = b.data * 0.999 + a.data * 0.001
+
+    t = seconds(20, loop=loop, ours=lambda: pretrain.ema_update(q, k, 0.999))
+    print(f"ema, MobileNetV3-Large: {1e3 * t['ours']:.2f} ms, {t['loop'] / t['ours']:.2f} x the loop")
+
+
+def models():
+    size, batch = (224, 256) if CUDA else (96, 8)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
+
+    def step(net):
+        with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+            out = net(x)
+        out.float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    for name in nets.ARCHS:
+        extra = dict(stochastic_depth_prob=0.0, dropout=0.0) if name == "efficientnet_b0" else {}
+        theirs = getattr(torchvision.models, name.replace("mobilenetv3", "mobilenet_v3"))(**extra)
+        a, b = (net.to(DEVICE, memory_format=torch.channels_last).train() for net in (nets.build_backbone(name), theirs))
+        t = seconds(7, ours=lambda: step(a), theirs=lambda: step(b))
+        print(f"{name:20s} {batch / t['ours']:8.1f} images/s, {t['theirs'] / t['ours']:.2f} x torchvision's")
+
+
+def step(*flags):
+    """A dry run of pretrain.py with a clock around each part; without loader workers, so that the parts add up."""
+    spent = {}
+
+    def clock(owner, name, stage):
+        part = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            CUDA and torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = part(*args, **kwargs)
+            CUDA and torch.cuda.synchronize()
+            key = stage if isinstance(stage, str) else stage[torch.is_grad_enabled()]
+            spent.setdefault(key, []).append(time.perf_counter() - start)
+            return out
+        setattr(owner, name, timed)
+
+    clock(data, "read_image", "decode")
+    clock(data.TF, "resized_crop", "crop"), clock(data, "enlarge", "crop")
+    clock(data, "augment", "augment")
+    clock(nets.Encoder, "forward", ("key forward", "query forward"))
+    clock(pretrain, "soft_info_nce", "loss")
+    clock(torch.Tensor, "backward", "backward")
+    clock(torch.optim.SGD, "step", "SGD")
+    clock(pretrain, "ema_update", "momentum update")
+    clock(pretrain.KeyQueue, "enqueue", "enqueue")
+    clock(pretrain, "next_batch", "batch, in all")
+    clock(pretrain, "train", "in all")
+    try:
+        pretrain.run([*flags, "--dry-run", "--workers", "0"])
+    except SystemExit as end:
+        if end.code:
+            raise
+    total = sum(spent.pop("in all"))
+    spent["rest of the batch"] = [sum(spent.pop("batch, in all")), -sum(sum(spent.get(key, [])) for key in ("decode", "crop"))]
+    spent["rest"] = [total, -sum(map(sum, spent.values()))]
+    print("\n".join(f"{stage:20s} {100 * sum(t) / total:5.1f} %" for stage, t in spent.items()))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("views", "loader", "augment", "loss", "ema", "models", "step"):
+        sys.exit(__doc__)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    globals()[sys.argv[1]](*sys.argv[2:])

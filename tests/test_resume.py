@@ -169,11 +169,10 @@ def test_killed_twenty_times(images, undisturbed, tmp_path):
     assert hits >= 15
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_worker(images, tmp_path):
     """--max-restarts: one process is killed with SIGKILL, torchrun starts both again, they continue by themselves, and end
     (float64) where one process ends undisturbed. --restart on the command line means the first start only."""
-    flags = ["--data", str(images), *STEPS, "--epochs", "2", "--bn-splits", "2", "--save-minutes", "0"]
+    flags = ["--data", str(images), *STEPS, "--epochs", "2", "--bn-splits", "2"]
     single, tmp_path = tmp_path / "single", tmp_path / "killed"
     single.mkdir(), tmp_path.mkdir()
     assert run_script("tests/float64.py", *flags, cwd=single).returncode == 0

@@ -412,7 +412,8 @@ def draw_map(path, panels, labels, names, most=2000, side=420):
     colors = {c: f"hsv({360 * i // len(shown)}, 90%, 85%)" for i, c in enumerate(shown)}
     out = Image.new("RGB", (len(panels) * side + 130, side + 24), "white")
     pen = ImageDraw.Draw(out)
-    keep = torch.isin(labels, torch.tensor(shown)).nonzero().flatten()[:most]
+    keep = torch.isin(labels, torch.tensor(shown)).nonzero().flatten()
+    keep = keep[torch.from_numpy(data.keyed_permutation(len(keep), data.SAMPLE)[:most])]      # the rows come class by class
     for i, (title, features) in enumerate(panels):
         x = unit(features[keep].float())
         x = x - x.mean(0)

@@ -181,6 +181,14 @@ def test_augmented_protocol_trains_on_fresh_crops_of_the_frozen_network(images):
     assert len(seen) == 2 * (1 + 8 * 3) and not torch.equal(seen[1], seen[4])
 
 
+def test_map_shows_every_class_of_a_sorted_set(tmp_path):
+    labels = torch.arange(3).repeat_interleave(100)
+    lineval.draw_map(tmp_path / "map.png", [("a", torch.randn(300, 5))], labels, ["x", "y", "z"], most=60, side=200)
+    with Image.open(tmp_path / "map.png") as image:
+        dots = [color for _, color in image.crop((0, 24, 200, 224)).getcolors()]
+    assert len(dots) == 4      # three classes and the ground
+
+
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
     write_images(tmp_path, 60, splits=("pictures",))
     a, b, c = (lineval.labelled_splits(str(tmp_path / "pictures"), seed) for seed in (0, 0, 1))

@@ -108,7 +108,8 @@ def read_image(path):
     """
     try:
         encoded = np.fromfile(path, np.uint8)
-        whole = encoded[:2].tobytes() != b"\xff\xd8" or b"\xff\xd9" in encoded[-65536:].tobytes()
+        end = encoded[-2:].tobytes() == b"\xff\xd9" or b"\xff\xd9" in encoded[-65536:].tobytes()
+        whole = end or encoded[:2].tobytes() != b"\xff\xd8"
         image = None
         if whole and len(encoded):
             try:
@@ -451,18 +452,20 @@ def adjust_hue(x, turn):
 
 
 def gaussian_blur(x, sigma):
-    """x (N, 3, S, S), sigma (N,) pixels: 13 taps, mirrored at the border, one product by a band matrix each way."""
-    n, _, size, _ = x.shape
+    """x (N, 3, S, S), sigma (N,) pixels: 13 taps, mirrored at the border.
+
+    Along each axis a product by a band matrix, for 32 pixels at a time where that divides S: the fewer, the fewer zeros.
+    """
+    n, channels, size, _ = x.shape
     taps = torch.arange(-6, 7, device=x.device)
-    weight = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, 1)                       # (N, 13), sums to 1
-    source = torch.arange(size, device=x.device)[:, None] + taps                         # (S, 13)
-    period = 2 * max(size - 1, 1)
-    source = source.remainder(period)
-    source = torch.minimum(source, period - source)                                      # mirrored into the image
-    band = torch.zeros(n, size, size, dtype=x.dtype, device=x.device)
-    band.scatter_add_(2, source.expand(n, -1, -1), weight[:, None].to(x.dtype).expand(-1, size, -1))
-    rows = torch.bmm(x.reshape(n, 3 * size, size), band.transpose(1, 2))                 # along the width
-    return torch.matmul(band[:, None], rows.view(n, 3, size, size))                      # along the height
+    weight = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, 1).to(x.dtype)           # (N, 13), sums to 1
+    block = 32 if size % 32 == 0 else size
+    offset = torch.arange(block + 12, device=x.device)[:, None] - torch.arange(block, device=x.device)
+    band = weight[:, offset.clamp(0, 12)].masked_fill_((offset < 0) | (offset > 12), 0)  # (N, B + 12, B)
+    for _ in range(2):
+        near = F.pad(x, (6, 6, 0, 0), mode="reflect").unfold(3, block + 12, block)       # (N, 3, S, S / B, B + 12)
+        x = torch.bmm(near.reshape(n, -1, block + 12), band).view(n, channels, size, size).transpose(2, 3)
+    return x
 
 
 # ---------------------------------------------------------------------- the view for evaluation

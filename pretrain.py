@@ -18,6 +18,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -92,13 +93,14 @@ LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "sp
 
 def read_flags(argv):
     """Command line -> namespace; settings of the table are None where not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="recipes: " + " | ".join(RECIPES) + "; smaller datasets change some of it")
     parser.error = lambda message: data.exit_with(UserError(message))
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, or a folder of images")
     add("--arch", default="mobilenetv3_small", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     add("--recipe", default="light", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, views, order, queue: everything random")
     add("--image-size", type=int, help="pixels (default: 224, or the images' own if they are smaller)")
     add("--init", metavar="WEIGHTS", help="start the backbone from a state dict with torchvision's names")
     # Not --run: torchrun would take that for its own --run-path.
@@ -112,7 +114,7 @@ def read_flags(argv):
     add("--save-minutes", type=float, default=15, help="save inside long epochs too, so often")
     add("--knn-every", type=int, metavar="EPOCHS", help="kNN accuracy of the features so often; 0: never (default: ten times)")
     for name, cells in TABLE.items():
-        flag, row = "--" + name.replace("_", "-"), " | ".join(map(str, cells))
+        flag, row = "--" + name.replace("_", "-"), "recipes: " + " | ".join(map(str, cells))
         if name == "symmetric":
             add(flag, action=argparse.BooleanOptionalAction, help=row)
         elif name == "jitter":
@@ -673,7 +675,7 @@ def main(argv=None):
         say(f"stopped by {signal.Signals(stopped).name}: saved {s.run / 'last.pt'}; the same command continues", flush=True)
     else:
         say(f"done: {s.total_steps} steps. In {s.run}: backbone.pt (the weights, under torchvision's names), last.pt, log.csv, views.png\n"
-            f"next: python lineval.py {s.run}")
+            f"next: python lineval.py {shlex.quote(str(s.run))}")
     if p.world > 1:
         dist.destroy_process_group()
     sys.exit(128 + stopped if stopped else 0)

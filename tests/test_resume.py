@@ -57,23 +57,21 @@ def largest_difference(a, b):
     return max((value - b[name]).abs().max().item() for name, value in a.items() if torch.is_tensor(value) and value.numel())
 
 
-@pytest.mark.parametrize("arch, direction, counts", [
-    ("mobilenetv3_small", "--symmetric", (1, 2)),
-    pytest.param("mobilenetv3_small", "--no-symmetric", (1, 2, 4), marks=pytest.mark.slow),
-    pytest.param("resnet18", "--symmetric", (1, 2, 4), marks=pytest.mark.slow),
-    pytest.param("resnet18", "--no-symmetric", (1, 2, 4), marks=pytest.mark.slow),
-    pytest.param("mobilenetv3_small", "--symmetric", (1, 2, 4), marks=pytest.mark.slow)])
-def test_any_number_of_processes_gives_the_same_run_in_float64(images, tmp_path, arch, direction, counts):
-    """Views, losses, weights, momentum buffers, both encoders' running statistics, queue: 24 steps, to 1e-9."""
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["--symmetric", "--no-symmetric"])
+@pytest.mark.parametrize("arch", ["mobilenetv3_small", "resnet18"])
+def test_any_number_of_processes_gives_the_same_run_in_float64(images, tmp_path, arch, direction):
+    """Views, losses, weights, momentum buffers, both encoders' running statistics, queue: 24 steps, to 1e-9. (Two
+    processes against one are also in `test_torchrun_restarts_after_a_killed_worker`, by default.)"""
     flags = ["--data", images, *RUN, *TINY, "--arch", arch, direction, "--image-size", "16", "--batch-size", "16", "--bn-splits", "8",
              "--epochs", "4", "--smoothing", "0.2", "--neighbors", "5", "--lr", "0.06"]
     folders = {}
-    for processes in counts:
+    for processes in (1, 2, 4):
         folders[processes] = tmp_path / str(processes)
         folders[processes].mkdir()
         result = torchrun(processes, "tests/float64.py", *flags, cwd=folders[processes])
         assert result.returncode == 0, result.stderr
-    for processes in counts[1:]:
+    for processes in (2, 4):
         assert largest_difference(folders[1], folders[processes]) < 1e-9
         for a, b in zip(log_of(folders[1]), log_of(folders[processes])):
             assert abs(float(a["loss"]) - float(b["loss"])) < 1e-9

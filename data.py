@@ -9,6 +9,7 @@ views in an epoch whatever the number of workers, processes or restarts, and not
 A view is made in two places. The host decodes, crops and resizes, all in uint8 (a quarter of the bytes of floats), and
 draws the other augmentations as a few numbers; `augment` applies those on the device to the whole batch.
 """
+import contextlib
 import hashlib
 import itertools
 import math
@@ -573,6 +574,16 @@ def default_image_size(dataset):
     picks = keyed_permutation(len(dataset), SAMPLE, 0)[:16]
     short = int(np.median([min(dataset[int(i)][0].shape[1:]) for i in picks]))
     return min(224, max(16, short // 8 * 8))
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what the disk refuses, in the block, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room, or choose another folder, and give the same "
+                        f"command again; what was saved before is whole") from None
 
 
 def last_line(error):

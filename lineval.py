@@ -370,7 +370,8 @@ def draw_rows(path, title, queries, query_rows, others, other_rows):
 
     queries, others: datasets; query_rows (Q,), other_rows (Q, M).
     """
-    same = queries.labels[query_rows][:, None] == others.labels[other_rows]                    # (Q, M)
+    theirs = others.labels[other_rows]                                                         # (Q, M), -1: no label
+    same = (queries.labels[query_rows][:, None] == theirs) & (theirs >= 0)
     out = Image.new("RGB", (168 + 72 * other_rows.shape[1], 24 + 76 * len(query_rows)), "white")
     pen = ImageDraw.Draw(out)
     pen.text((6, 6), f"{title} ({same.float().mean():.0%} of the query's class: green)", fill="black")
@@ -398,6 +399,8 @@ def draw_soft_positives(path, run, c, seed, queries=10, count=8):
     encoder = Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL).eval()
     encoder.load_state_dict(state["encoder"])
     real = state["queue"]["index"] >= 0
+    if not real.any() or (dataset.labels < 0).all():
+        return
     keys, index = state["queue"]["keys"][real], state["queue"]["index"][real]
     picks = torch.from_numpy(data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries])
     view = data.CenterView(dataset, c["image_size"])
@@ -450,7 +453,7 @@ SPACE = {     # "with labels": a supervised MobileNetV3-Small on CIFAR-10, 4 epo
 }
 
 
-def evaluate(backbone, splits, job):
+def evaluate(backbone, splits, job, protocol):
     """All measures of one frozen network -> (report, train features, val features); None thrice but on the first process."""
     before = copy.deepcopy(backbone.state_dict())
     # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
@@ -473,7 +476,7 @@ def evaluate(backbone, splits, job):
         two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
         report["space"][part] = representation_space(x[part][chosen], *view_features(backbone, two_views, rows[chosen], **options),
                                                      y[part][chosen])
-    if job.protocol == "augmented":
+    if protocol == "augmented":
         report["augmented_top1"] = augmented_probe(backbone, splits, x["val"], job, **options)
     if any(not torch.equal(t, before[name]) for name, t in backbone.state_dict().items()):
         raise RuntimeError("the backbone moved during its evaluation")     # a bug here, never the user's doing
@@ -540,15 +543,15 @@ def run_job(job):
               f"{len(splits.val_rows)} validation images of {len(splits.names)} classes at {job.image_size} px"
               + (f"\n  {splits.note}" if splits.note else ""), flush=True)
     estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
-    random_report, random_x = evaluate(random, splits, job)[::2]      # not its training features: at ImageNet's size, 3 GiB
-    report, train_x, val_x = evaluate(backbone, splits, job)
+    random_report, random_x = evaluate(random, splits, job, "cached")[::2]      # not its training features: at ImageNet's size, 3 GiB
+    report, train_x, val_x = evaluate(backbone, splits, job, job.protocol)
     if world()[0]:
         return None
     if job.run:
         content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size, "note": splits.note,
                    "train_images": len(splits.train_rows), "val_images": len(splits.val_rows), "seed": job.seed,
                    "pretrained": report, "random": random_report, "seconds": time.perf_counter() - started}
-        try:
+        with data.writing(job.run):
             (job.run / "lineval.json").write_text(json.dumps(content, indent=1) + "\n")
             draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.seed, job.device)
             draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)],
@@ -557,8 +560,6 @@ def run_job(job):
                 draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed)
             except UserError as error:      # no last.pt, or its dataset is elsewhere: the report does not need them
                 print(f"no soft_positives.png: {error}")
-        except OSError as error:
-            raise UserError(f"cannot write {error.filename or job.run} ({error.strerror}): make room") from None
     return random_report, report
 
 

@@ -9,7 +9,6 @@ MoCo (arXiv 1911.05722) with the recipes of two papers on small networks, [Light
 2107.14762, in the table below. The same command, given again, continues an interrupted run. Then: python lineval.py
 """
 import argparse
-import contextlib
 import copy
 import csv
 import ctypes
@@ -410,7 +409,7 @@ def log(s, step, loss, info, neighbor_index, index, keys, smoothing, lr, knn):
           + ("  [queue still holds random keys]" if random_keys else "")
           + (f"\n  kNN of the backbone's features {knn[0]:.1%}, of the head's output {knn[1]:.1%}" if knn else ""), flush=True)
     if not s.dry_run:
-        with writing(s.run / "log.csv"), open(s.run / "log.csv", "a", newline="") as file:
+        with data.writing(s.run / "log.csv"), open(s.run / "log.csv", "a", newline="") as file:
             file.write(as_csv([row], header=file.tell() == 0))
 
 
@@ -476,16 +475,6 @@ def save(s, done, alone=False):
     write(s.run / "backbone.json", as_json(about))
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Turn what the disk refuses, in the block, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room, or pass another --out, and give the same command "
-                        f"again; what was saved before is whole") from None
-
-
 def write(path, content):
     """Serialise in memory, write beside `path`, flush to disk, rename: `path` is the old file or the new, never half."""
     buffer = io.BytesIO()
@@ -494,7 +483,7 @@ def write(path, content):
     else:
         buffer.write(content.encode())
     beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.tmp")      # a process that saves alone has its own
-    with writing(path):
+    with data.writing(path):
         try:
             with open(beside, "wb") as file:
                 file.write(buffer.getbuffer())
@@ -548,22 +537,22 @@ def resume(s):
 # ---------------------------------------------------------------------- start to end
 
 def start_processes():
-    """Join torchrun's processes, if any -> p: rank, world, device, amp_dtype."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+    """Join torchrun's processes, if any -> p: rank, world, local_rank, device, amp_dtype."""
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
                             f"pass --nproc_per_node={torch.cuda.device_count()} to torchrun")
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
         # torchrun keeps one store through its restarts: without a prefix, processes would find the addresses of dead ones.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return SimpleNamespace(rank=rank, world=world, device=device, amp_dtype=None)
+    return SimpleNamespace(rank=rank, world=world, local_rank=local_rank, device=device, amp_dtype=None)
 
 
 def keep_freed_memory():
@@ -631,10 +620,11 @@ def main(argv=None):
     if p.device.type == "cpu":
         keep_freed_memory()
     say = print if p.rank == 0 else lambda *_, **__: None
-    if p.world > 1 and flags.data in data.TORCHVISION and int(os.environ["LOCAL_RANK"]):
-        dist.barrier()      # the first process of a machine downloads, the others wait
+    others_wait = p.world > 1 and flags.data in data.TORCHVISION      # while the first process of a machine downloads
+    if others_wait and p.local_rank:
+        dist.barrier()
     dataset = data.load_dataset(flags.data, "train")
-    if p.world > 1 and flags.data in data.TORCHVISION and not int(os.environ["LOCAL_RANK"]):
+    if others_wait and not p.local_rank:
         dist.barrier()
     with torch.device("meta"):
         feature_dim = ARCHS[flags.arch]().feature_dim
@@ -657,7 +647,7 @@ def main(argv=None):
     if s.step:
         say(f"continuing {s.run} after step {s.step} of {s.total_steps}")
     elif not s.dry_run and p.rank == 0:
-        with writing(s.run):
+        with data.writing(s.run):
             s.run.mkdir(parents=True, exist_ok=True)
             for old in ("last.pt", "log.csv", "lineval.json", "backbone.pt", "backbone.json"):
                 (s.run / old).unlink(missing_ok=True)

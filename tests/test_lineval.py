@@ -189,6 +189,15 @@ def test_map_shows_every_class_of_a_sorted_set(tmp_path):
     assert len(dots) == 4      # three classes and the ground
 
 
+def test_images_without_a_label_are_of_no_class(tmp_path):
+    """Frames: green only where both labels are known and equal."""
+    pictures = data.Pictures("gray", torch.full((3, 3, 32, 32), 90, dtype=torch.uint8), torch.tensor([0, -1, 0]), ["x"])
+    lineval.draw_rows(tmp_path / "rows.png", "", pictures, torch.tensor([1, 0]), pictures, torch.tensor([[1], [2]]))
+    with Image.open(tmp_path / "rows.png") as image:
+        frames = [image.getpixel((168, 24 + 76 * i)) for i in range(2)]
+    assert frames == [lineval.RED, lineval.GREEN]
+
+
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
     write_images(tmp_path, 60, splits=("pictures",))
     a, b, c = (lineval.labelled_splits(str(tmp_path / "pictures"), seed) for seed in (0, 0, 1))

@@ -42,10 +42,48 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 # ---------------------------------------------------------------------- pieces of MobileNetV3 and EfficientNet-B0
 
-def conv_bn(c_in, c_out, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
+class NarrowDepthwise(torch.autograd.Function):
+    """Depthwise k x k convolution, stride 1, of maps narrower than k, with its gradient for the weight written out.
+
+    There torch's own takes 30 x as long as a forward on a CPU: MobileNetV3-Small at 32 px trains 1.4 x as fast without it.
+    A tap's gradient is the sum of x * gradient over all pairs of positions that the tap connects; so: first all pairs,
+    which are few, for every channel by one small matrix product; then the sum of those at each tap's distance.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):                              # (N, C, H, W), (C, 1, k, k)
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, None, 1, weight.shape[2] // 2, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):                              # (N, C, H, W)
+        x, weight = ctx.saved_tensors
+        (n, c, h, w), k = x.shape, weight.shape[2]
+        by_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, padding=k // 2, groups=c)
+        pairs = x.permute(1, 2, 3, 0).reshape(c, h * w, n) @ gradient.permute(1, 0, 2, 3).reshape(c, n, h * w)
+        taps = torch.arange(k)[:, None, None]
+        down, right = (torch.arange(side)[:, None] - torch.arange(side) + k // 2 == taps for side in (h, w))    # (k, H, H), (k, W, W)
+        joined = (down[:, None, :, None, :, None] & right[None, :, None, :, None, :]).view(k * k, -1)     # (k k, H W H W)
+        return by_x, (pairs.flatten(1) @ joined.T.to(x.dtype)).view_as(weight)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """One k x k filter a channel."""
+
+    def __init__(self, channels, kernel, stride):
+        super().__init__(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False)
+
+    def forward(self, x):
+        narrow = self.stride[0] == 1 and max(x.shape[2:]) < self.kernel_size[0]
+        if narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            return NarrowDepthwise.apply(x, self.weight)
+        return super().forward(x)
+
+
+def conv_bn(c_in, c_out, kernel=3, stride=1, depthwise=False, act=nn.ReLU, eps=1e-5):
     """Convolution, batch norm, activation (`act=None`: none); the resolution changes by `stride` alone."""
-    layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-              BatchNorm2d(c_out, eps)]
+    conv = DepthwiseConv2d(c_in, kernel, stride) if depthwise else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    layers = [conv, BatchNorm2d(c_out, eps)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
@@ -73,7 +111,7 @@ class InvertedResidual(nn.Module):
     def __init__(self, c_in, expanded, c_out, kernel, stride, squeezed, act, se_act, gate, eps):
         super().__init__()
         layers = [] if expanded == c_in else [conv_bn(c_in, expanded, 1, act=act, eps=eps)]
-        layers += [conv_bn(expanded, expanded, kernel, stride, groups=expanded, act=act, eps=eps)]
+        layers += [conv_bn(expanded, expanded, kernel, stride, depthwise=True, act=act, eps=eps)]
         layers += [SqueezeExcite(expanded, squeezed, se_act, gate)] if squeezed else []
         layers += [conv_bn(expanded, c_out, 1, act=None, eps=eps)]
         self.block = nn.Sequential(*layers)

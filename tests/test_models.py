@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import ARCHS, BatchNorm2d, Encoder, build_backbone, multiply_adds
+from models import ARCHS, BatchNorm2d, DepthwiseConv2d, Encoder, build_backbone, multiply_adds
 
 THEIRS = {"mobilenetv3_large": ("mobilenet_v3_large", "classifier.3."), "mobilenetv3_small": ("mobilenet_v3_small", "classifier.3."),
           "efficientnet_b0": ("efficientnet_b0", "classifier.1."), "resnet18": ("resnet18", "fc."),
@@ -128,3 +128,14 @@ def test_encoder_gives_unit_rows_and_its_slices_do_not_see_each_other(hidden):
 def test_unknown_arch_is_named():
     with pytest.raises(ValueError, match="mobilenetv9.*resnet18"):
         build_backbone("mobilenetv9")
+
+
+@pytest.mark.parametrize("height, width, kernel", [(4, 4, 5), (2, 2, 5), (1, 3, 5), (2, 2, 3)])
+def test_depthwise_gradients_on_maps_narrower_than_the_kernel(height, width, kernel):
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(7, kernel, 1).double()
+    x, upstream = torch.randn(6, 7, height, width).double().requires_grad_(), torch.randn(6, 7, height, width).double()
+    ours, theirs = conv(x), F.conv2d(x, conv.weight, None, 1, kernel // 2, 1, 7)
+    assert "NarrowDepthwise" in type(ours.grad_fn).__name__
+    wanted = torch.autograd.grad(theirs, (x, conv.weight), upstream)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, conv.weight), upstream), wanted)

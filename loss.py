@@ -62,12 +62,11 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
 
 class SoftInfoNCE(torch.autograd.Function):
-    """Value and gradient in one pass over one N x K buffer.
+    """Value and gradient in one pass over the queue, a block of keys at a time: nothing of size N x K ever exists.
 
     The gradient of a cross-entropy with respect to its logits is softmax minus target, and each logit is q.key over the
-    temperature. So the gradient for q is known as soon as the softmax is: the buffer of logits becomes the softmax in
-    place, the target never leaves D dimensions, and nothing of size N x K is kept for backward. `definition` says the
-    same in terms that autograd can follow, at four times the memory.
+    temperature. So the gradient for q needs only sum_j softmax_j key_j, which gathers block by block beside the
+    partition function, and the target's own weighted keys. `definition` says the same in terms that autograd can follow.
     """
 
     @staticmethod
@@ -86,12 +85,24 @@ class SoftInfoNCE(torch.autograd.Function):
         return loss, {"accuracy": accuracy, "positive": positive, "nearest": nearest, "neighbors": rows}
 
     @staticmethod
-    def forward(ctx, q, k, queue, temperature, smoothing, weights):
+    def forward(ctx, q, k, queue, temperature, smoothing, weights, block=8192):
+        count = 1 if weights is None else len(weights)
         positive = (q * k).sum(1) / temperature                                  # (N,)
-        logits = (q / temperature) @ queue.T                                     # (N, K)
-        top, rows = largest(logits, 1 if weights is None else len(weights))      # nearest first
-        nearest = top[:, 0]
-        peak = torch.maximum(positive, nearest)                                  # the greatest logit: exp stays <= 1
+        # The softmax as sums over blocks of keys, all scaled by exp(-peak) for the greatest logit so far, so that exp <= 1.
+        peak, partition, pull = positive, torch.ones_like(positive), k           # (N,), (N,), (N, D): the positive alone
+        tops, rows = [], []
+        for start in range(0, len(queue), block):
+            keys = queue[start:start + block]                                    # (B, D)
+            p = (q / temperature) @ keys.T                                       # (N, B) logits
+            top, found = largest(p, min(count, len(keys)))
+            tops.append(top), rows.append(found + start)
+            before, peak = peak, torch.maximum(peak, top[:, 0])
+            p.sub_(peak[:, None]).exp_()
+            shrink = (before - peak).exp()
+            partition = partition * shrink + p.sum(1)
+            pull = torch.addmm(pull * shrink[:, None], p, keys)                  # sum over the keys of exp(logit - peak) key
+        top, order = torch.cat(tops, 1).topk(count)                              # (N, count), nearest first
+        rows = torch.cat(rows, 1).gather(1, order)
         if weights is None:     # evenly on all K: their mean stands for them
             target, rows = smoothing * queue.mean(0), rows[:, :0]                # (D,)
             soft = q @ target / temperature                                      # (N,)
@@ -99,17 +110,13 @@ class SoftInfoNCE(torch.autograd.Function):
             weights = weights.to(q)
             target = torch.einsum("j,njd->nd", weights, queue[rows])             # (N, D)
             soft = top @ weights
-        p = logits.sub_(peak[:, None]).exp_()                                    # (N, K) softmax times partition
-        p_positive = (positive - peak).exp()
-        partition = p.sum(1) + p_positive                                        # (N,)
         loss = (partition.log() + peak - (1 - smoothing) * positive - soft).mean()
         if ctx.needs_input_grad[0]:     # sum over the keys of (softmax - target) key / temperature
-            gradient = torch.addmm(p_positive[:, None] * k, p, queue).div_(partition[:, None])     # (N, D)
-            gradient.sub_((1 - smoothing) * k).sub_(target)
-            ctx.save_for_backward(gradient.div_(len(q) * temperature))
+            gradient = pull / partition[:, None] - (1 - smoothing) * k - target  # (N, D)
+            ctx.save_for_backward(gradient / (len(q) * temperature))
         # Strictly nearer, by more than the rounding of a cosine: where all embeddings are equal, no query is right.
-        right = (positive - nearest) * temperature > 8 * torch.finfo(q.dtype).eps
-        info = right.to(q.dtype).mean(), positive * temperature, nearest * temperature, rows
+        right = (positive - top[:, 0]) * temperature > 8 * torch.finfo(q.dtype).eps
+        info = right.to(q.dtype).mean(), positive * temperature, top[:, 0] * temperature, rows
         ctx.mark_non_differentiable(*info)
         return loss, *info
 

@@ -7,14 +7,17 @@
     python tests/bench.py ema              # momentum update: a Python loop over the parameters
     python tests/bench.py models           # training step of each backbone: torchvision's
     python tests/bench.py step [FLAGS]     # where a training step spends its time; the flags are those of pretrain.py
+    python tests/bench.py pure ARCH SIZE BATCH     # the step alone, views on the device: precision, memory format, slices, compile
 
 One thread, on a GPU where there is one. Medians; machines are noisy: read the ratios.
 """
+import copy
 import random
 import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch     # noqa: E402
@@ -72,8 +75,8 @@ def views(folder, n=120):
             transform(image), transform(image)
 
     def ours(apply=False):
-        for start in range(0, n, 8):
-            crops, params, _ = data.collate([two_views[(0, i)] for i in range(start, min(start + 8, n))])
+        for start in range(0, n, 8):      # as the loader does, a batch at once
+            crops, params, _ = data.collate(two_views.__getitems__([(0, i) for i in range(start, min(start + 8, n))]))
             if apply:
                 data.augment(crops.flatten(0, 1), params.flatten(0, 1))
 
@@ -213,8 +216,62 @@ def step(*flags):
     print("\n".join(f"{stage:20s} {100 * sum(t) / total:5.1f} %" for stage, t in spent.items()))
 
 
+def pure(arch, size, batch, queue_size=65536):
+    """images/s of the symmetric step without loader and augment, the first line beside the others; and how near the last
+    is to the time that its memory traffic alone takes: every layer's output written and read once forward, twice that
+    backward, for the query; once forward for the key (ours: a floor for unfused layers)."""
+    size, batch = int(size), int(batch)
+    p, order = SimpleNamespace(rank=0, world=1), torch.randperm(batch, device=DEVICE)
+
+    def prepare(amp, layout, slices, compiled):
+        encoder = nets.Encoder(arch, small_images=size <= data.SMALL, slice_size=batch // slices).to(DEVICE, memory_format=layout)
+        key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        if compiled:
+            encoder.backbone.compile(), key_encoder.backbone.compile()
+        queue = pretrain.KeyQueue(128, queue_size, device=DEVICE)
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.01, 0.9, fused=True)
+        views = [torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=layout) for _ in range(2)]
+
+        def run():
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
+                keys = pretrain.encode_keys(key_encoder, views, None, None, (1, 0), order, p)
+                queries = [encoder(view) for view in views]
+            value = sum(soft_info_nce(q, k, queue.keys, temperature=0.1, smoothing=0.1, neighbors=20)[0] for q, k in zip(queries, keys))
+            optimizer.zero_grad(), (value / 2).backward(), optimizer.step()
+            pretrain.ema_update(encoder, key_encoder, 0.999)
+            queue.enqueue(torch.cat(keys), torch.zeros(2 * batch, dtype=torch.long, device=DEVICE))
+        return encoder, run
+
+    last, first = torch.channels_last, None
+    variants = [(False, torch.contiguous_format, 8, False), (False, last, 1, False), (False, last, 8, False)]
+    variants += [(True, last, 1, False), (True, last, 8, False), (True, last, 8, True)] * CUDA      # bf16: on a CPU ten times slower
+    for amp, layout, slices, compiled in variants:
+        encoder, run = prepare(amp, layout, slices, compiled)
+        CUDA and torch.cuda.reset_peak_memory_stats()
+        t = seconds(5, run=run)["run"]
+        first = first or t
+        memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if CUDA else ""
+        print(f"{'bf16' if amp else 'fp32'}, {'channels_last' if layout is last else 'contiguous'}, {slices} slices{', compiled' * compiled}: "
+              f"{batch / t:.0f} images/s, {first / t:.2f} x the first{memory}", flush=True)
+    traffic = 0
+
+    def count(_, __, out):
+        nonlocal traffic
+        traffic += 2 * out.numel() * (2 if amp else 4)
+
+    for layer in encoder.backbone.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(count)
+    encoder.backbone._compiled_call_impl = None      # hooks want the layers themselves
+    with torch.no_grad():
+        encoder.backbone(torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=last))
+    block = torch.empty(2 ** 28, dtype=torch.uint8, device=DEVICE)
+    bandwidth = 2 * len(block) / seconds(5, copy=lambda: block.clone())["copy"]
+    print(f"memory floor {2 * 4 * traffic / bandwidth:.3f} s at {bandwidth / 1e9:.0f} GB/s; the last line's step takes {t:.3f} s")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("views", "loader", "augment", "loss", "ema", "models", "step"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("views", "loader", "augment", "loss", "ema", "models", "step", "pure"):
         sys.exit(__doc__)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -288,8 +288,8 @@ class TwoViews:
                 small.setdefault(image.shape, []).append(i)
             else:
                 for view, (top, left, height, width) in enumerate(boxes[i].tolist()):
-                    crops[i, view] = TF.resized_crop(image, top, left, height, width, [self.size, self.size],
-                                                     antialias=True)
+                    box = image[None, :, top:top + height, left:left + width]
+                    crops[i, view] = F.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True)[0]
         for members in small.values():
             crops[members] = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
         return [(crops[i], params[i], int(index)) for i, index in enumerate(indices)]
@@ -304,15 +304,12 @@ def draw_boxes(u, height, width, min_scale):
     area = height * width * (min_scale + (1 - min_scale) * u[..., :10])
     aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., 10:20])
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))              # (..., 10)
-    central_w = np.minimum(width, np.rint(height * 4 / 3))                               # the 11th try always fits
-    central_h = np.minimum(height, np.rint(width * 4 / 3))
-    shape = np.broadcast_shapes(w.shape[:-1], width.shape[:-1]) + (1,)
-    w = np.concatenate([w, np.broadcast_to(central_w, shape)], -1)
-    h = np.concatenate([h, np.broadcast_to(central_h, shape)], -1)
-    first = ((w >= 1) & (h >= 1) & (w <= width) & (h <= height)).argmax(-1)[..., None]
-    w, h = np.take_along_axis(w, first, -1), np.take_along_axis(h, first, -1)            # (..., 1)
-    top = np.where(first == 10, (height - h) // 2, np.floor(u[..., 20:21] * (height - h + 1)))
-    left = np.where(first == 10, (width - w) // 2, np.floor(u[..., 21:22] * (width - w + 1)))
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    first, none = fits.argmax(-1)[..., None], ~fits.any(-1, keepdims=True)               # (..., 1)
+    w = np.where(none, np.minimum(width, np.rint(height * 4 / 3)), np.take_along_axis(w, first, -1))
+    h = np.where(none, np.minimum(height, np.rint(width * 4 / 3)), np.take_along_axis(h, first, -1))
+    top = np.where(none, (height - h) // 2, np.floor(u[..., 20:21] * (height - h + 1)))
+    left = np.where(none, (width - w) // 2, np.floor(u[..., 21:22] * (width - w + 1)))
     return np.concatenate([top, left, h, w], -1).astype(np.int64)
 
 

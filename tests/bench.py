@@ -195,7 +195,7 @@ def step(*flags):
         setattr(owner, name, timed)
 
     clock(data, "read_image", "decode")
-    clock(data.TF, "resized_crop", "crop"), clock(data, "enlarge", "crop")
+    clock(data.F, "interpolate", "crop"), clock(data, "enlarge", "crop")
     clock(data, "augment", "augment")
     clock(nets.Encoder, "forward", ("key forward", "query forward"))
     clock(pretrain, "soft_info_nce", "loss")

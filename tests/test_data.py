@@ -99,6 +99,16 @@ def test_enlarging_is_torchvisions_resized_crop_to_one_level(height, width, size
             assert (crops[i, view].int() - expected.int()).abs().max() <= 1
 
 
+def test_a_crop_is_torchvisions_resized_crop_of_its_box():
+    image = torch.randint(0, 256, (90, 130, 3), dtype=torch.uint8).permute(2, 0, 1)      # in memory as decoders leave it
+    for seed in range(6):
+        crops, _, _ = TwoViews([(image, 0)], 64, seed)[(0, 0)]
+        boxes = data.draw_boxes(data.keyed_uniform(32, data.VIEWS, seed, 0, 0, np.arange(2))[:, :22], 90, 130, 0.2)
+        for crop, box in zip(crops, boxes.tolist()):
+            expected = data.TF.resized_crop(image, *box, [64, 64], antialias=True)
+            assert (crop.int() - expected.int()).abs().max() <= 1
+
+
 def test_views_are_a_function_of_seed_epoch_and_index_alone(images):
     dataset = data.load_dataset(str(images), "train")
     views = TwoViews(dataset, 32, seed=3)

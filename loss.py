@@ -90,10 +90,10 @@ class SoftInfoNCE(torch.autograd.Function):
         positive = (q * k).sum(1) / temperature                                  # (N,)
         # The softmax as sums over blocks of keys, all scaled by exp(-peak) for the greatest logit so far, so that exp <= 1.
         peak, partition, pull = positive, torch.ones_like(positive), k           # (N,), (N,), (N, D): the positive alone
-        tops, rows = [], []
+        scaled, tops, rows = q / temperature, [], []
         for start in range(0, len(queue), block):
             keys = queue[start:start + block]                                    # (B, D)
-            p = (q / temperature) @ keys.T                                       # (N, B) logits
+            p = scaled @ keys.T                                                  # (N, B) logits
             top, found = largest(p, min(count, len(keys)))
             tops.append(top), rows.append(found + start)
             before, peak = peak, torch.maximum(peak, top[:, 0])

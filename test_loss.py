@@ -71,6 +71,17 @@ def test_fast_form_is_the_definition(smoothing, neighbors, weighting):
     torch.testing.assert_close((fast, b.grad), (slow, a.grad), rtol=1e-11, atol=1e-12)
 
 
+def test_many_blocks_of_keys_are_the_definition():
+    """17,000 keys are three blocks, the last one short; the neighbours lie in all of them."""
+    q, k, queue = unit_rows(6, 8, seed=1), unit_rows(6, 8, seed=2), unit_rows(17000, 8, seed=3)
+    a, b = q.clone().requires_grad_(), q.clone().requires_grad_()
+    slow = SoftInfoNCE.definition(a, k, queue, 0.1, 0.2, 0.2 * neighbor_weights(20, "tiered"))
+    fast, info = soft_info_nce(b, k, queue, temperature=0.1, smoothing=0.2, neighbors=20, weighting="tiered")
+    slow.backward(), fast.backward()
+    torch.testing.assert_close((fast, b.grad), (slow, a.grad), rtol=1e-11, atol=1e-12)
+    assert torch.equal(info["neighbors"], (q @ queue.T).topk(20).indices)
+
+
 @pytest.mark.parametrize("smoothing, neighbors, weighting", SETTINGS)
 def test_target_sums_to_one(smoothing, neighbors, weighting):
     assert math.isclose(sum(target_of(unit_rows(1, 8)[0], unit_rows(40, 8, seed=2), smoothing, neighbors, weighting)), 1)

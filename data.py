@@ -281,17 +281,18 @@ class TwoViews:
         heights, widths = (np.array([im.shape[side] for im in images])[:, None] for side in (1, 2))
         boxes = draw_boxes(draws[..., :22], heights, widths, self.min_scale)             # (N, 2, 4)
         params = draw_params(draws[..., 22:], **self.strengths)                          # (N, 2, 8)
-        crops = torch.empty(len(items), 2, 3, self.size, self.size, dtype=torch.uint8)
-        small = {}
+        crops, small = [None] * len(items), {}
         for i, image in enumerate(images):
             if max(image.shape) <= self.size:             # only ever enlarged: a whole batch at once
                 small.setdefault(image.shape, []).append(i)
-            else:
-                for view, (top, left, height, width) in enumerate(boxes[i].tolist()):
-                    box = image[None, :, top:top + height, left:left + width]
-                    crops[i, view] = F.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True)[0]
+            else:     # channels last in memory, as decoded: torch's resize of uint8 would turn any other crop to that and back
+                boxed = [image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+                         for top, left, height, width in boxes[i].tolist()]
+                crops[i] = torch.cat([F.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True) for box in boxed])
         for members in small.values():
-            crops[members] = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
+            enlarged = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
+            for i, pair in zip(members, enlarged):
+                crops[i] = pair
         return [(crops[i], params[i], int(index)) for i, index in enumerate(indices)]
 
 
@@ -300,17 +301,16 @@ def draw_boxes(u, height, width, min_scale):
 
     Ten tries at an area and an aspect, then the largest central crop of an allowed aspect.
     """
-    height, width = np.broadcast_arrays(np.asarray(height)[..., None], np.asarray(width)[..., None])     # (..., 1)
-    area = height * width * (min_scale + (1 - min_scale) * u[..., :10])
-    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., 10:20])
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))              # (..., 10)
-    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
-    first, none = fits.argmax(-1)[..., None], ~fits.any(-1, keepdims=True)               # (..., 1)
-    w = np.where(none, np.minimum(width, np.rint(height * 4 / 3)), np.take_along_axis(w, first, -1))
-    h = np.where(none, np.minimum(height, np.rint(width * 4 / 3)), np.take_along_axis(h, first, -1))
-    top = np.where(none, (height - h) // 2, np.floor(u[..., 20:21] * (height - h + 1)))
-    left = np.where(none, (width - w) // 2, np.floor(u[..., 21:22] * (width - w + 1)))
-    return np.concatenate([top, left, h, w], -1).astype(np.int64)
+    full = np.stack([height, width], -1)[..., None]                                      # (..., 2, 1)
+    area = full.prod(-2, keepdims=True) * (min_scale + (1 - min_scale) * u[..., None, :10])
+    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., None, 10:20])                # (..., 1, 10), width over height
+    sides = np.rint(np.sqrt(np.concatenate([area / aspect, area * aspect], -2)))         # (..., 2, 10): heights, widths
+    fits = ((sides >= 1) & (sides <= full)).all(-2, keepdims=True)                       # (..., 1, 10)
+    none = ~fits.any(-1, keepdims=True)                                                  # (..., 1, 1)
+    central = np.minimum(full, np.rint(full[..., ::-1, :] * 4 / 3))
+    sides = np.where(none, central, np.take_along_axis(sides, fits.argmax(-1)[..., None], -1))      # (..., 2, 1)
+    start = np.where(none, (full - sides) // 2, np.floor(u[..., 20:22, None] * (full - sides + 1)))
+    return np.concatenate([start, sides], -2)[..., 0].astype(np.int64)
 
 
 def draw_params(u, *, jitter, jitter_p, gray_p, blur_p):
@@ -318,9 +318,10 @@ def draw_params(u, *, jitter, jitter_p, gray_p, blur_p):
     params = np.zeros(u.shape[:-1] + (8,), np.float32)
     params[..., FLIP] = u[..., 0] < 0.5
     jittered = u[..., 1] < jitter_p
-    for column, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), jitter):
-        low = max(0.0, 1 - strength)
-        params[..., column] = np.where(jittered, low + (1 + strength - low) * u[..., 1 + column], 1)
+    strength = np.array(jitter[:3])
+    low = np.maximum(0, 1 - strength)
+    factors = low + (1 + strength - low) * u[..., 2:5]
+    params[..., BRIGHTNESS:HUE] = np.where(jittered[..., None], factors, 1)
     params[..., HUE] = np.where(jittered, (2 * u[..., 5] - 1) * jitter[3], 0)            # in turns of the colour circle
     params[..., ORDERING] = np.floor(u[..., 6] * 24)
     params[..., GRAY] = u[..., 7] < gray_p

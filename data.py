@@ -599,7 +599,7 @@ def exit_with(error):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        exit_with(UserError("usage: python data.py PATH, or one of shapes, " + ", ".join(TORCHVISION)))
+        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of shapes, {', '.join(TORCHVISION)}"))
     try:
         describe(sys.argv[1])
     except UserError as error:

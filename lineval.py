@@ -496,7 +496,8 @@ def print_reports(columns):
         if any(key in report for report in columns.values()):
             line(name, [f"{100 * report[key]:.1f}" if key in report else "-" for report in columns.values()], reading)
     for part in ("train", "val"):
-        print(f"representation space, {part}: unit-length features, images | augmented views where two numbers")
+        print(f"representation space, {part}: unit-length features, images | augmented views where two numbers;"
+              " 'with labels': a supervised network's on CIFAR-10, not on these data")
         for key, (name, reading) in SPACE.items():
             spaces = [report["space"][part] for report in columns.values()]
             if name.endswith("%"):

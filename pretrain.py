@@ -150,6 +150,10 @@ def resolve(flags, dataset, feature_dim):
                     save_minutes=flags.save_minutes, knn_every=flags.knn_every)
     if settings["knn_every"] is None:
         settings["knn_every"] = max(1, settings["epochs"] // 10)
+    defaults = read_flags([])
+    for name in settings.keys() - origin.keys():
+        given = getattr(flags, name, None) != getattr(defaults, name, None)      # `dataset`, a fingerprint, has no flag
+        origin[name] = "command line" if given else "default"
     return settings, origin
 
 
@@ -182,8 +186,11 @@ def check(c, n, world):
     for name in ("key_momentum", "sgd_momentum", "smoothing", "gray_p", "blur_p", "jitter_p", "min_scale"):
         if not 0 <= c[name] <= 1:
             raise UserError(f"--{name.replace('_', '-')} {c[name]}: must lie in [0, 1]")
-    if c["jitter"][3] > 0.5 or c["min_scale"] == 0 or not 0 < c["temperature"] < math.inf:
-        raise UserError("--jitter's hue must be at most 0.5, --min-scale and --temperature above 0")
+    if c["jitter"][3] > 0.5:
+        raise UserError(f"--jitter's hue {c['jitter'][3]}: must be at most 0.5, half the colour circle")
+    for name in ("min_scale", "temperature"):
+        if not 0 < c[name] < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {c[name]}: must be above 0")
     if c["image_size"] < 8:
         raise UserError(f"--image-size {c['image_size']}: must be at least 8")
     if not 0 <= c["seed"] < 2 ** 63:
@@ -641,7 +648,7 @@ def main(argv=None):
         f"{s.per_epoch} steps an epoch; {p.world} process{'es' * (p.world > 1)} on {p.device.type}, "
         f"{c['batch_size'] // p.world} images each, {c['bn_splits'] // p.world} batch-norm slices of "
         f"{c['batch_size'] // c['bn_splits']}")
-    say("\n".join(f"  {name:14s} {str(value):22s} {origin.get(name, 'command line or default')}" for name, value in c.items()))
+    say("\n".join(f"  {name:14s} {str(value):22s} {origin[name]}" for name, value in c.items()))
     if large_queue:
         say("warning: the queue holds over a quarter of an epoch's keys: a smaller --queue-size has fewer of a query's own")
     if s.step:

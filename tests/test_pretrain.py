@@ -85,7 +85,7 @@ def test_every_setting_is_resolved_with_its_origin(images):
     assert c["queue_size"] == 64 and origin["queue_size"].startswith("scale of")
     assert c["gray_p"] == 0.5 and origin["gray_p"] == "recipe small"
     assert c["hidden_dim"] == 1024 and c["blur_p"] == 0 and c["image_size"] == 32
-    assert set(pretrain.TABLE) <= set(origin)
+    assert set(origin) == set(c) and origin["data"] == "command line" and origin["workers"] == "default"
 
 
 def test_mocos_cifar_settings_are_reachable(images):
@@ -157,7 +157,7 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch):
     (["--queue-size", "500"], ["--queue-size 500", "192 keys"]),
     (["--neighbors", "40"], ["--neighbors 40", "32"]),
     (["--lr", "nan"], ["--lr nan"]),
-    (["--temperature", "0"], ["--temperature"]),
+    (["--temperature", "0"], ["--temperature 0.0", "above 0"]),
     (["--hidden-dim", "wide"], ["wide"]),
     (["--hidden-dim", "infx"], ["infx"]),
     (["--seed", "-1"], ["--seed -1"]),

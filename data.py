@@ -119,7 +119,7 @@ def read_image(path):
                 pass
         if image is None or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
             with Image.open(path) as file:
-                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         return image
     except Exception as error:     # Pillow raises many types, from SyntaxError to its own decompression-bomb error
         raise UserError(f"cannot read image {path} ({type(error).__name__}): remove or replace it "

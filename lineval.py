@@ -485,10 +485,10 @@ def evaluate(backbone, splits, job, protocol):
 
 def print_reports(columns):
     """columns: {title: report}, side by side."""
-    width = max(18, *(len(title) for title in columns)) + 2
+    widths = [max(18, len(title)) + 2 for title in columns]
 
     def line(name, cells, reading):
-        print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell in cells) + f"   {reading}")
+        print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell, width in zip(cells, widths)) + f"   {reading}")
 
     print()
     line("", columns, "")
@@ -601,10 +601,8 @@ def main(argv=None):
     for job in jobs:
         both = run_job(job)
         if both:
-            several, names = len(jobs) > 1, [Path(other.title).name for other in jobs]
-            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if several else "random weights", both[0])
-            name = Path(job.title).name
-            columns[(job.title if names.count(name) > 1 else name) if several else "pretrained"] = both[1]
+            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if len(jobs) > 1 else "random weights", both[0])
+            columns[job.title if len(jobs) > 1 else "pretrained"] = both[1]
     if columns:
         print_reports(columns)
         written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]

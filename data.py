@@ -389,7 +389,8 @@ def augment(crops, params):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             p, todo, x = params[rows], plan[rows], crops[rows]
-            x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x).to(out.dtype).div_(255)
+            x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
+            x = x.to(out.dtype, memory_format=torch.contiguous_format).div_(255)      # planar: most steps take channels apart
             color_jitter_(x, p, todo)
             for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
             for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)

@@ -285,10 +285,8 @@ class TwoViews:
         for i, image in enumerate(images):
             if max(image.shape) <= self.size:             # only ever enlarged: a whole batch at once
                 small.setdefault(image.shape, []).append(i)
-            else:     # channels last in memory, as decoded: torch's resize of uint8 would turn any other crop to that and back
-                boxed = [image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
-                         for top, left, height, width in boxes[i].tolist()]
-                crops[i] = torch.cat([F.interpolate(box, (self.size, self.size), mode="bilinear", antialias=True) for box in boxed])
+            else:
+                crops[i] = torch.cat([resized_crop(image, box, self.size) for box in boxes[i].tolist()])
         for members in small.values():
             enlarged = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
             for i, pair in zip(members, enlarged):
@@ -303,7 +301,7 @@ def draw_boxes(u, height, width, min_scale):
     """
     full = np.stack([height, width], -1)[..., None]                                      # (..., 2, 1)
     area = full.prod(-2, keepdims=True) * (min_scale + (1 - min_scale) * u[..., None, :10])
-    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., None, 10:20])                # (..., 1, 10), width over height
+    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., None, 10:20])                # (..., 1, 10), width / height
     sides = np.rint(np.sqrt(np.concatenate([area / aspect, area * aspect], -2)))         # (..., 2, 10): heights, widths
     fits = ((sides >= 1) & (sides <= full)).all(-2, keepdims=True)                       # (..., 1, 10)
     none = ~fits.any(-1, keepdims=True)                                                  # (..., 1, 1)
@@ -327,6 +325,16 @@ def draw_params(u, *, jitter, jitter_p, gray_p, blur_p):
     params[..., GRAY] = u[..., 7] < gray_p
     params[..., SIGMA] = np.where(u[..., 8] < blur_p, 0.1 + 1.9 * u[..., 9], 0)          # in pixels of the crop
     return torch.from_numpy(params)
+
+
+def resized_crop(image, box, size):
+    """image (3, H, W) uint8, box top, left, height, width -> (1, 3, size, size) uint8, bilinear, antialiased.
+
+    The crop is made channels last first, as a decoder has it: torch's resize would turn any other into that and back.
+    """
+    top, left, height, width = box
+    crop = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
 
 
 def enlarge(images, boxes, size):
@@ -390,7 +398,8 @@ def augment(crops, params):
             rows = slice(start, start + chunk)
             p, todo, x = params[rows], plan[rows], crops[rows]
             x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
-            x = x.to(out.dtype, memory_format=torch.contiguous_format).div_(255)      # planar: most steps take channels apart
+            # Planar, whatever the crops are: most steps below take channels apart.
+            x = x.to(out.dtype, memory_format=torch.contiguous_format).div_(255)
             color_jitter_(x, p, todo)
             for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
             for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)
@@ -600,7 +609,8 @@ def exit_with(error):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of shapes, {', '.join(TORCHVISION)}"))
+        names = ", ".join(("shapes", *TORCHVISION))
+        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of {names}"))
     try:
         describe(sys.argv[1])
     except UserError as error:

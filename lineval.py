@@ -601,8 +601,10 @@ def main(argv=None):
     for job in jobs:
         both = run_job(job)
         if both:
-            columns.setdefault(f"random {job.arch} on {Path(job.data).name}" if len(jobs) > 1 else "random weights", both[0])
-            columns[job.title if len(jobs) > 1 else "pretrained"] = both[1]
+            several = (f"random {job.arch} on {Path(job.data).name}", job.title)
+            random_title, title = several if len(jobs) > 1 else ("random weights", "pretrained")
+            columns.setdefault(random_title, both[0])
+            columns[title] = both[1]
     if columns:
         print_reports(columns)
         written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]

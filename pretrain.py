@@ -39,21 +39,23 @@ from loss import WEIGHTINGS, soft_info_nce
 from models import ARCHS, Encoder
 
 # One column a recipe, one row a setting and a flag. Learning rates are per 256 images and grow with the global batch.
+# [Light]'s run name has lr 0.12 at batch 512 and weight decay 1e-4 for the sum of both directions; with our mean that is
+# 0.12 per 256 and 5e-5.
 RECIPES = ("moco_v2", "small", "light")
 TABLE = {
     # setting         moco_v2              small                light
-    "symmetric":     (False,               False,               True),    # [Light]'s run name; loss: mean of both directions
-    "lr":            (0.03,                0.03,                0.12),    # MoCo v2; [Small]; [Light]: lr 0.12 at batch 512 with the sum
-    "warmup_epochs": (0.0,                 0.0,                 3.0),      # [Light]'s run name
-    "weight_decay":  (1e-4,                1e-4,                5e-5),    # MoCo v2; [Small]; [Light]: 1e-4 with the sum, so half with the mean
+    "symmetric":     (False,               False,               True),    # loss in both directions; [Light]'s run name
+    "lr":            (0.03,                0.03,                0.12),    # MoCo v2; [Small]; [Light], as above
+    "warmup_epochs": (0.0,                 0.0,                 3.0),     # [Light]'s run name
+    "weight_decay":  (1e-4,                1e-4,                5e-5),    # MoCo v2; [Small]; [Light], as above
     "temperature":   (0.2,                 0.1,                 0.1),     # MoCo v2; [Small]; [Light]'s run name
-    "hidden_dim":    ("1x",                "2x",                "2048"),  # head width, "2x": twice the feature; MoCo v2; [Small]; [Light]
-    "jitter":        ((.4, .4, .4, .1),    (.8, .8, .8, .4),    (.4, .4, .4, .1)),    # brightness, contrast, saturation, hue
+    "hidden_dim":    ("1x",                "2x",                "2048"),  # "2x": twice the feature's; MoCo v2; [Small]; [Light]
+    "jitter":        ((.4, .4, .4, .1),    (.8, .8, .8, .4),    (.4, .4, .4, .1)),   # brightness, contrast, saturation, hue
     "gray_p":        (0.2,                 0.5,                 0.2),     # MoCo v2; [Small]; MoCo v2's
     "batch_size":    (256,                 512,                 512),     # global; MoCo v2; [Small]; [Light]'s run name
     "epochs":        (200,                 800,                 200),     # on ImageNet
-    "smoothing":     (0.0,                 0.0,                 0.1),     # the idea is [Light]'s; its weight is not published: ours, untuned
-    "neighbors":     (0,                   0,                   20),      # ours, untuned: so many queue entries share the smoothing
+    "smoothing":     (0.0,                 0.0,                 0.1),     # the idea: [Light]; its weight, unpublished: ours
+    "neighbors":     (0,                   0,                   20),      # queue entries that share the smoothing: ours
     "weighting":     ("uniform",           "uniform",           "uniform"),
     "sgd_momentum":  (0.9,                 0.9,                 0.9),     # from here on MoCo v2's for all three
     "queue_size":    (65536,               65536,               65536),
@@ -80,8 +82,9 @@ SCALES = {
 SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warmup_epochs=0.5, lr=0.03, temperature=0.2,
               jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
-MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}     # between the parts of one resumed run
-DRY_STEPS = 10       # of --dry-run, after 3 that are not timed
+# Between the parts of one resumed run:
+MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
+DRY_STEPS = 3, 10    # of --dry-run: not timed, timed at least
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -340,7 +343,7 @@ def train(s):
             knn = online_knn(s, done) if end_of_epoch and not s.dry_run else None
             s.clock.started += time.perf_counter() - paused      # images/s and the time left are those of training alone
             log(s, step, loss, infos[0], neighbor_index, index, keys, smoothing, lr, knn)
-        if s.dry_run and done == s.last_step - DRY_STEPS:      # start-up and compilation are over
+        if s.dry_run and done == s.timed_from:      # start-up and compilation are over
             s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
         stop, overdue = agree(p, done, time.monotonic() - saved_at > 60 * c["save_minutes"])
         if end_of_epoch or stop or overdue:
@@ -523,7 +526,8 @@ def resume(s):
     if "settings" not in state or "queue" not in state:
         raise UserError(f"{path} is not a checkpoint of this program: move it away, or pass --restart")
     old, new = state["settings"], s.c
-    differences = [f"{k} was {old.get(k)}, now {new.get(k)}" for k in sorted({*old, *new} - MAY_DIFFER) if old.get(k) != new.get(k)]
+    differences = [f"{k} was {old.get(k)}, now {new.get(k)}"
+                   for k in sorted({*old, *new} - MAY_DIFFER) if old.get(k) != new.get(k)]
     if differences:
         raise UserError(f"{s.run} was started with other settings ({'; '.join(differences)}): "
                         f"give the old command, another folder with --out, or start afresh with --restart")
@@ -550,8 +554,8 @@ def start_processes():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
-                            f"pass --nproc_per_node={torch.cuda.device_count()} to torchrun")
+            raise UserError(f"process {local_rank} of this machine has no GPU of its own, there are "
+                            f"{torch.cuda.device_count()}: pass --nproc_per_node={torch.cuda.device_count()} to torchrun")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
@@ -604,12 +608,16 @@ def build(c, p, dataset, flags):
         bad_step=torch.tensor(-1, device=p.device), total_steps=c["epochs"] * per_epoch,
         labels=dataset.labels.to(p.device) if len(seen) else None, same_class_chance=shares.square().sum().item(),
         run=Path(flags.out or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
-    restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0     # not when torchrun restarts us
+    # Not when torchrun restarts us:
+    restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
     if (s.run / "last.pt").exists() and not restart and not s.dry_run:
         resume(s)
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
-        raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all machines share")
-    s.last_step = s.step + 3 + DRY_STEPS if s.dry_run else s.total_steps
+        raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
+                        f"machines share")
+    # A dry run times two rounds of the loader: what the workers have ready at first tells nothing of their speed.
+    s.timed_from, timed = s.step + DRY_STEPS[0], max(DRY_STEPS[1], 2 * c["workers"])
+    s.last_step = s.timed_from + timed if s.dry_run else s.total_steps
     s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
     two_views = data.TwoViews(dataset, c["image_size"], c["seed"], min_scale=c["min_scale"], jitter=c["jitter"],
                               jitter_p=c["jitter_p"], gray_p=c["gray_p"], blur_p=c["blur_p"])
@@ -644,8 +652,9 @@ def main(argv=None):
     except UserError as error:     # no labels: pretraining needs none
         s.splits = None
         say(f"no kNN during training: {error}")
-    say(f"{dataset.name}: {len(dataset)} images{' drawn by data.py (pass --data PATH for your own)' * (flags.data == 'shapes')}, "
-        f"{s.per_epoch} steps an epoch; {p.world} process{'es' * (p.world > 1)} on {p.device.type}, "
+    drawn = " drawn by data.py (pass --data PATH for your own)" if flags.data == "shapes" else ""
+    say(f"{dataset.name}: {len(dataset)} images{drawn}, {s.per_epoch} steps an epoch; "
+        f"{p.world} process{'es' * (p.world > 1)} on {p.device.type}, "
         f"{c['batch_size'] // p.world} images each, {c['bn_splits'] // p.world} batch-norm slices of "
         f"{c['batch_size'] // c['bn_splits']}")
     say("\n".join(f"  {name:14s} {str(value):22s} {origin[name]}" for name, value in c.items()))
@@ -665,14 +674,16 @@ def main(argv=None):
     stopped = train(s)
     if s.dry_run:
         rate = s.clock.steps * c["batch_size"] / (time.perf_counter() - s.clock.started)
-        memory = torch.cuda.max_memory_allocated() if p.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        say(f"dry run of {s.clock.steps} steps: {rate:.0f} images/s, peak memory {memory / 2 ** 30:.1f} GiB a process; the whole run "
-            f"of {s.total_steps} steps would take {s.total_steps * c['batch_size'] / rate / 3600:.2f} hours without its kNN. Nothing was written.")
+        memory = (torch.cuda.max_memory_allocated() if p.device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        hours = s.total_steps * c["batch_size"] / rate / 3600
+        say(f"dry run of {s.clock.steps} steps: {rate:.0f} images/s, peak memory {memory / 2 ** 30:.1f} GiB a process; "
+            f"the whole run of {s.total_steps} steps would take {hours:.2f} hours without its kNN. Nothing was written.")
     elif stopped:
         say(f"stopped by {signal.Signals(stopped).name}: saved {s.run / 'last.pt'}; the same command continues", flush=True)
     else:
-        say(f"done: {s.total_steps} steps. In {s.run}: backbone.pt (the weights, under torchvision's names), last.pt, log.csv, views.png\n"
-            f"next: python lineval.py {shlex.quote(str(s.run))}")
+        say(f"done: {s.total_steps} steps. In {s.run}: backbone.pt (the weights, under torchvision's names), last.pt, "
+            f"log.csv, views.png\nnext: python lineval.py {shlex.quote(str(s.run))}")
     if p.world > 1:
         dist.destroy_process_group()
     sys.exit(128 + stopped if stopped else 0)
@@ -686,7 +697,8 @@ def run(argv=None):
         data.exit_with(error)
     except Exception as error:
         # gloo and NCCL report a process that left; its own message says why.
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe")):
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe")):
             print(f"process {os.environ['RANK']}: another process stopped ({data.last_line(error)})", file=sys.stderr)
         else:
             traceback.print_exc()

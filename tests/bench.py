@@ -8,6 +8,7 @@
     python tests/bench.py models           # training step of each backbone: torchvision's
     python tests/bench.py step [FLAGS]     # where a training step spends its time; the flags are those of pretrain.py
     python tests/bench.py pure ARCH SIZE BATCH     # the step alone, views on the device: precision, memory format, slices, compile
+    python tests/bench.py whole --data FOLDER [FLAGS]     # from files to weights: the step as in [Light]'s code, on the same files
 
 One thread, on a GPU where there is one. Medians; machines are noisy: read the ratios.
 """
@@ -127,17 +128,22 @@ def augment():
         print(f"augment [{n}, 3, {size}, {size}]: {n / t['ours']:.0f} views/s, {t['theirs'] / t['ours']:.2f} x torchvision's functional")
 
 
+def dense_loss(q, keys, queue, tau, s, neighbors):
+    """Soft InfoNCE with a dense target, as in [Light]'s code."""
+    logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / tau
+    target = torch.zeros_like(logits)
+    target[:, 0] = 1 - s
+    target.scatter_(1, logits[:, 1:].topk(neighbors).indices + 1, s / neighbors)
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
 def loss(n=256, dim=128, k=65536, s=0.2, neighbors=20, tau=0.1):
     keys, queue = (F.normalize(torch.randn(count, dim, device=DEVICE), dim=1) for count in (n, k))
     start = F.normalize(torch.randn(n, dim, device=DEVICE), dim=1)
 
     def dense():
         q = start.clone().requires_grad_()
-        logits = torch.cat([(q * keys).sum(1, keepdim=True), q @ queue.T], 1) / tau
-        target = torch.zeros_like(logits)
-        target[:, 0] = 1 - s
-        target.scatter_(1, logits[:, 1:].topk(neighbors).indices + 1, s / neighbors)
-        (-(target * logits.log_softmax(1)).sum(1).mean()).backward()
+        dense_loss(q, keys, queue, tau, s, neighbors).backward()
 
     def ours():
         q = start.clone().requires_grad_()
@@ -147,15 +153,15 @@ def loss(n=256, dim=128, k=65536, s=0.2, neighbors=20, tau=0.1):
     print(f"loss, N {n}, K {k}: {1e3 * t['ours']:.1f} ms, {t['dense'] / t['ours']:.2f} x dense targets")
 
 
+def ema_loop(encoder, key_encoder, m):
+    """As in the papers' code."""
+    for a, b in zip(encoder.parameters(), key_encoder.parameters()):
+        b.data = b.data * m + a.data * (1 - m)
+
+
 def ema():
     q, k = (nets.build_backbone("mobilenetv3_large").to(DEVICE) for _ in range(2))
-
-    def loop():
-        with torch.no_grad():
-            for a, b in zip(q.parameters(), k.parameters()):
-                b.data = b.data * 0.999 + a.data * 0.001
-
-    t = seconds(20, loop=loop, ours=lambda: pretrain.ema_update(q, k, 0.999))
+    t = seconds(20, loop=lambda: ema_loop(q, k, 0.999), ours=lambda: pretrain.ema_update(q, k, 0.999))
     print(f"ema, MobileNetV3-Large: {1e3 * t['ours']:.2f} ms, {t['loop'] / t['ours']:.2f} x the loop")
 
 
@@ -270,8 +276,66 @@ def pure(arch, size, batch, queue_size=65536):
     print(f"memory floor {2 * 4 * traffic / bandwidth:.3f} s at {bandwidth / 1e9:.0f} GB/s; the last line's step takes {t:.3f} s")
 
 
+class UsualViews(torch.utils.data.Dataset):
+    def __init__(self, dataset, size):
+        self.dataset, self.transform = dataset, usual(size, blur=True)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        image = Image.open(self.dataset.path(i)).convert("RGB")
+        return self.transform(image), self.transform(image)
+
+
+def whole(*flags):
+    """images/s of pretrain.py's dry run, and of the same steps as [Light]'s code has them: PIL and torchvision views in
+    the workers, float32, contiguous, dense targets, a Python loop for the momentum update; no shuffled slices."""
+    ran, train = {}, pretrain.train
+
+    def timed(s):
+        stopped = train(s)
+        ran.update(c=s.c, ours=s.clock.steps * s.c["batch_size"] / (time.perf_counter() - s.clock.started), steps=s.clock.steps)
+        return stopped
+
+    pretrain.train = timed
+    try:
+        pretrain.run([*flags, "--dry-run"])
+    except SystemExit as end:
+        if end.code:
+            raise
+    c = ran["c"]
+    encoder = nets.Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL).to(DEVICE)
+    key_encoder = copy.deepcopy(encoder)
+    queue = F.normalize(torch.randn(c["queue_size"], c["dim"], device=DEVICE), dim=1)
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.01, 0.9, weight_decay=1e-4)
+    settings = c["temperature"], 0.0, c["neighbors"]      # smoothing has not begun, nor has it in the dry run
+    loader = torch.utils.data.DataLoader(UsualViews(data.load_dataset(c["data"], "train"), c["image_size"]), c["batch_size"], drop_last=True,
+                                         num_workers=c["workers"], pin_memory=CUDA)
+    first, pointer, step = pretrain.DRY_STEPS[0], 0, 0
+    while step < first + ran["steps"]:
+        for a, b in loader:
+            a, b = a.to(DEVICE, non_blocking=True), b.to(DEVICE, non_blocking=True)
+            q_a, q_b = encoder(a), encoder(b)
+            with torch.no_grad():
+                ema_loop(encoder, key_encoder, c["key_momentum"])
+                k_a, k_b = key_encoder(a), key_encoder(b)
+            value = dense_loss(q_a, k_b, queue, *settings) + dense_loss(q_b, k_a, queue, *settings)
+            optimizer.zero_grad(), value.backward(), optimizer.step()
+            queue[torch.arange(pointer, pointer + len(a)) % len(queue)] = k_b
+            pointer += len(a)
+            step += 1
+            if step in (first, first + ran["steps"]):
+                print(f"loss {value.item():.3f}")      # waits for the device, too
+                if step > first:
+                    break
+                start = time.perf_counter()
+    theirs = ran["steps"] * c["batch_size"] / (time.perf_counter() - start)
+    print(f"[Light]'s step: {theirs:.1f} images/s; ours {ran['ours']:.1f}, {ran['ours'] / theirs:.2f} x")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("views", "loader", "augment", "loss", "ema", "models", "step", "pure"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("views", "loader", "augment", "loss", "ema", "models", "step", "pure", "whole"):
         sys.exit(__doc__)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -137,13 +137,14 @@ def test_same_command_after_the_end_says_so_and_changes_nothing(run, images):
     assert result.returncode == 0 and "after step 12 of 12" in result.stdout and (folder / "last.pt").read_bytes() == before
 
 
-def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("workers, steps", [(0, 10), (6, 12)])      # two rounds of the workers
+def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers, steps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)      # this process is pytest's
     with pytest.raises(SystemExit) as stopped:
-        pretrain.main(["--data", str(images), "--dry-run", *TINY])
+        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--workers", str(workers)])
     output = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(w in output for w in ("images/s", "GiB", "hours"))
+    assert stopped.value.code == 0 and all(w in output for w in (f"of {steps} steps", "images/s", "GiB", "hours"))
     assert not list(tmp_path.iterdir())
 
 

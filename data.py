@@ -105,7 +105,7 @@ def read_image(path):
     """Decode any image file to RGB, (3, H, W) uint8; alpha is dropped and EXIF rotation ignored, as torchvision's loader.
 
     Raises UserError with the file's name. torchvision decodes what it can (1.3 x faster than Pillow), Pillow the rest:
-    other formats, CMYK, 16 bits, and files that end early, which torchvision would fill up in silence.
+    other formats, CMYK, 16 bits (the upper 8 count), and files that end early, which torchvision would fill up in silence.
     """
     try:
         encoded = np.fromfile(path, np.uint8)
@@ -119,8 +119,15 @@ def read_image(path):
                 pass
         if image is None or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
             with Image.open(path) as file:
+                if file.mode in ("I", "F"):
+                    raise UserError(f"cannot read image {path} (its range is unknown, mode {file.mode}): convert it to 8 or "
+                                    f"16 bits")
+                if file.mode.startswith("I;16"):     # Pillow's convert would clip them at 255
+                    file = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
                 image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         return image
+    except UserError:
+        raise
     except Exception as error:     # Pillow raises many types, from SyntaxError to its own decompression-bomb error
         raise UserError(f"cannot read image {path} ({type(error).__name__}): remove or replace it "
                         f"(`python data.py DATASET` lists all such files)") from None
@@ -148,15 +155,12 @@ def load_dataset(name_or_path, split):
     folder = train_root if split == "train" else has_val(name)
     if folder is None:
         raise UserError(f"{name} has no val split: it needs a folder val/ or test/ beside train/")
-    paths = sorted(os.path.relpath(os.path.join(where, file), folder)
-                   for where, _, files in os.walk(folder, followlinks=True) for file in files
-                   if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."))
+    paths = sorted(path.removeprefix(os.path.join(folder, "")) for path in images_below(folder))
     if not paths:
         raise UserError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} at any depth")
-    found = [Path(p).parts[0] if os.sep in p else None for p in paths]
-    with os.scandir(train_root) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-    classes = [c for c in classes if c in set(found)] if split == "train" else classes
+    found = [p.split(os.sep)[0] if os.sep in p else None for p in paths]
+    # The classes of both splits are train's folders with an image in them.
+    classes = sorted(os.path.basename(c) for c in list_folder(train_root)[0] if any(images_below(c)))
     strange = sorted({c for c in found if c is not None} - set(classes))
     if strange:
         raise UserError(f"{folder} has a class folder {strange[0]!r} that {train_root} has not: "
@@ -164,6 +168,31 @@ def load_dataset(name_or_path, split):
     numbers = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([-1 if c is None else numbers[c] for c in found])
     return Files(root.resolve().name or "root", str(folder), paths, labels, classes)
+
+
+def list_folder(folder):
+    """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot list {folder} ({error.strerror}): allow it, or move that folder away") from None
+
+    def leads_back(entry):
+        above = Path(os.path.abspath(entry.path)).parents
+        return entry.is_symlink() and any(os.path.samefile(entry.path, parent) for parent in above)
+
+    folders = [entry.path for entry in entries if entry.is_dir() and not leads_back(entry)]
+    files = [entry.path for entry in entries
+             if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.is_dir()]
+    return folders, files
+
+
+def images_below(folder):
+    """Paths of the image files at any depth."""
+    folders, files = list_folder(folder)
+    yield from files
+    for below in folders:
+        yield from images_below(below)
 
 
 def has_val(name):
@@ -179,7 +208,7 @@ def load_torchvision(name, split, root="datasets"):
     try:
         if name == "stl10":
             source = tv_datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
-            images, labels = torch.from_numpy(source.data), source.labels
+            images, labels = torch.from_numpy(source.data).contiguous(), source.labels
         else:
             kind = tv_datasets.CIFAR10 if name == "cifar10" else tv_datasets.CIFAR100
             source = kind(root, train=split == "train", download=True)
@@ -389,10 +418,11 @@ def augment(crops, params):
     n, _, size, _ = crops.shape
     out = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device,
                       memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, dtype=out.dtype, device=out.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, dtype=out.dtype).view(3, 1, 1).to(out.device, non_blocking=True) for v in (MEAN, STD))
     # On a CPU, as many images at a time as stay in its cache.
     chunk = max(1, 16 * 224 ** 2 // size ** 2) if crops.device.type == "cpu" else n
-    plan, params = params.cpu(), params.to(crops.device, out.dtype)      # the host's copy tells which image needs which step
+    # The host's copy tells which image needs which step; if `params` lie there, nothing waits for the device.
+    plan, params = params.cpu(), params.to(crops.device, out.dtype, non_blocking=True)
     with torch.autocast(crops.device.type, enabled=False):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
@@ -500,7 +530,7 @@ class CenterView:
 
 def normalize(images):
     """(N, 3, S, S) uint8 -> float, channels_last, ImageNet mean and std: `augment` with nothing to do."""
-    params = torch.zeros(len(images), 8, device=images.device)
+    params = torch.zeros(len(images), 8)
     params[:, BRIGHTNESS:HUE] = 1
     return augment(images, params)
 

@@ -107,7 +107,7 @@ class SoftInfoNCE(torch.autograd.Function):
             target, rows = smoothing * queue.mean(0), rows[:, :0]                # (D,)
             soft = q @ target / temperature                                      # (N,)
         else:
-            weights = weights.to(q)
+            weights = weights.to(q, non_blocking=True)
             target = torch.einsum("j,njd->nd", weights, queue[rows])             # (N, D)
             soft = top @ weights
         loss = (partition.log() + peak - (1 - smoothing) * positive - soft).mean()

@@ -84,7 +84,7 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
 
 # Between the parts of one resumed run:
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
-DRY_STEPS = 3, 10    # of --dry-run: not timed, timed at least
+DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -254,7 +254,7 @@ def lr_at(step, c, steps_per_epoch):
     warm, total = round(c["warmup_epochs"] * steps_per_epoch), c["epochs"] * steps_per_epoch
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 def smoothing_at(step, c, steps_per_epoch):
@@ -280,12 +280,11 @@ def encode_keys(key_encoder, views, crops, params, key_views, order, p):
     crops (2, n, 3, S, S) and params (2, n, 8); a single process permutes the views, 2 x (n, 3, S, S), that it has.
     """
     mine, back = order.chunk(p.world)[p.rank], order.argsort()                     # (n,), (N,)
+    if p.world > 1:
+        params = gather(params.to(p.device), p, dim=1)[:, mine].cpu()              # to the host, where `augment` plans
     keys = []
     for v in key_views:
-        if p.world == 1:
-            view = views[v][mine]
-        else:
-            view = data.augment(gather(crops[v], p)[mine], gather(params[v].to(p.device), p)[mine])
+        view = views[v][mine] if p.world == 1 else data.augment(gather(crops[v], p)[mine], params[v])
         keys.append(gather(key_encoder(view), p)[back])                            # (N, D), in the batch's order
     return keys
 
@@ -314,7 +313,8 @@ def train(s):
         crops, params, index = next_batch(s, batches, step)                        # (2, n, 3, S, S), (2, n, 8), (n,)
         s.clock.waited += time.perf_counter() - waiting
         lr, smoothing = lr_at(step, c, per_epoch), smoothing_at(step, c, per_epoch)
-        order = torch.from_numpy(data.keyed_permutation(c["batch_size"], data.SHUFFLE, c["seed"], step)).to(p.device)
+        order = torch.from_numpy(data.keyed_permutation(c["batch_size"], data.SHUFFLE, c["seed"], step))
+        order = order.to(p.device, non_blocking=True)
 
         views = data.augment(crops.flatten(0, 1), params.flatten(0, 1)).chunk(2)   # 2 x (n, 3, S, S)
         with torch.autocast(p.device.type, p.amp_dtype, enabled=p.amp_dtype is not None):
@@ -461,7 +461,7 @@ def check_finite(s, alone=False):
         dist.all_reduce(bad, dist.ReduceOp.MIN)
         bad = torch.where(bad == 2 ** 62, -1, bad)
     if bad >= 0:
-        raise UserError(f"the loss was not finite at step {int(bad) + 1}: the last good checkpoint is kept; "
+        raise UserError(f"the loss was not finite at step {int(bad) + 1}: the last good checkpoint, if any, is kept; "
                         f"try a lower --lr, a longer --warmup-epochs, or --amp off")
 
 
@@ -475,7 +475,7 @@ def save(s, done, alone=False):
              "queue": {"keys": s.queue.keys, "index": s.queue.index, "pointer": s.queue.pointer}}
     tensors = [t for part in ("encoder", "key_encoder") for t in state[part].values()] + [s.queue.keys]
     if not all(bool(t.isfinite().all()) for t in tensors):
-        raise UserError(f"the weights are not finite after step {done}: the last good checkpoint is kept; "
+        raise UserError(f"the weights are not finite after step {done}: the last good checkpoint, if any, is kept; "
                         f"try a lower --lr, a longer --warmup-epochs, or --amp off")
     write(s.run / "last.pt", state)
     write(s.run / "backbone.pt", {name: t.cpu() for name, t in s.encoder.backbone.state_dict().items()})
@@ -610,19 +610,23 @@ def build(c, p, dataset, flags):
         run=Path(flags.out or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
     # Not when torchrun restarts us:
     restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
-    if (s.run / "last.pt").exists() and not restart and not s.dry_run:
-        resume(s)
+    if not (restart or s.dry_run):
+        if (s.run / "last.pt").exists():
+            resume(s)
+        elif (s.run / "backbone.pt").exists():
+            raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with --out, or "
+                            f"write over them with --restart")
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
         raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
                         f"machines share")
-    # A dry run times two rounds of the loader: what the workers have ready at first tells nothing of their speed.
-    s.timed_from, timed = s.step + DRY_STEPS[0], max(DRY_STEPS[1], 2 * c["workers"])
-    s.last_step = s.timed_from + timed if s.dry_run else s.total_steps
+    # The workers keep two batches each, ready before the first step ends: these tell nothing of the loader's speed.
+    s.timed_from = s.step + max(DRY_STEPS[0], 2 * c["workers"] + 1)
+    s.last_step = s.timed_from + max(DRY_STEPS[1], 2 * c["workers"]) if s.dry_run else s.total_steps
     s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
     two_views = data.TwoViews(dataset, c["image_size"], c["seed"], min_scale=c["min_scale"], jitter=c["jitter"],
                               jitter_p=c["jitter_p"], gray_p=c["gray_p"], blur_p=c["blur_p"])
-    steps = data.schedule(len(dataset), c["batch_size"], max(c["epochs"], 99) if s.dry_run else c["epochs"], c["seed"],
-                          first_step=s.step, rank=p.rank, world=p.world)
+    epochs = s.last_step // per_epoch + 1 if s.dry_run else c["epochs"]
+    steps = data.schedule(len(dataset), c["batch_size"], epochs, c["seed"], first_step=s.step, rank=p.rank, world=p.world)
     s.loader = DataLoader(two_views, batch_sampler=steps, collate_fn=data.collate, num_workers=c["workers"],
                           worker_init_fn=data.outlive_signals, pin_memory=p.device.type == "cuda")
     return s, two_views

@@ -1,4 +1,6 @@
 """Views: the device share is torchvision's functional transforms; the randomness is keyed; datasets are what is on disk."""
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,6 +189,33 @@ def test_folders_flat_nested_and_split(tmp_path):
     assert len(data.load_dataset(str(tmp_path / "split"), "val")) == 24
 
 
+def test_what_unpackers_and_viewers_leave_in_folders_changes_nothing(tmp_path):
+    """Folders without images would shift the labels of val against train's; hidden ones and links back have no images."""
+    root = write_images(tmp_path / "split", 24)
+    wanted = [data.load_dataset(str(root), split) for split in ("train", "val")]
+    (root / "train" / "__MACOSX").mkdir()
+    for folder in (root / "train" / "a", root / "train"):
+        (folder / ".thumbnails").mkdir()
+        shutil.copy(root / wanted[0].path(0), folder / ".thumbnails" / "x.png")
+        (folder / "back").symlink_to(root, target_is_directory=True)
+    for split, before in zip(("train", "val"), wanted):
+        now = data.load_dataset(str(root), split)
+        assert now.classes == before.classes and now.fingerprint == before.fingerprint
+        assert torch.equal(now.labels, before.labels)
+    (root / "train" / "a" / "aside").symlink_to(root / "train" / "b", target_is_directory=True)      # a link is a folder, else
+    assert len(data.load_dataset(str(root), "train")) > 24
+
+
+def test_stl10s_transposed_arrays_are_read(monkeypatch):
+    pictures = np.arange(2 * 3 * 96 * 96, dtype=np.uint8).reshape(2, 3, 96, 96)
+
+    def stl10(root, split, download):
+        return SimpleNamespace(data=pictures.transpose(0, 1, 3, 2), labels=np.array([4, -1]), classes=list("abcde"))
+    monkeypatch.setattr(data.tv_datasets, "STL10", stl10)
+    dataset = data.load_dataset("stl10", "train")
+    assert dataset.labels.tolist() == [4, -1] and dataset[0][0][1, 2, 3] == pictures[0, 1, 3, 2]
+
+
 def odd_files(folder):
     """Every unusual kind of image that people have, and what Pillow makes of it."""
     folder.mkdir()
@@ -211,10 +240,18 @@ def test_unusual_files_decode_as_pillow_does(tmp_path):
     assert len(dataset) == 12
     for i in range(len(dataset)):
         with Image.open(dataset.path(i)) as file:
+            if "sixteen" in dataset.path(i):     # not clipped at 255
+                file = Image.fromarray((np.array(file) / 257).astype(np.uint8))
             expected = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         image = dataset[i][0]
         assert image.dtype == torch.uint8 and image.shape == expected.shape, dataset.path(i)
         assert (image.int() - expected.int()).abs().float().mean() < 2, dataset.path(i)
+
+
+def test_numbers_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match="float.tiff.*mode F.*8 or 16 bits"):
+        data.read_image(str(tmp_path / "float.tiff"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])

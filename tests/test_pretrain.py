@@ -45,6 +45,7 @@ def test_learning_rate_is_linear_then_a_cosine():
     assert math.isclose(rates[0], 0.24 / 300) and math.isclose(rates[299], 0.24) and math.isclose(rates[300], 0.24)
     assert math.isclose(rates[800], 0.12) and rates[-1] < 1e-5 and rates[299:] == sorted(rates[299:], reverse=True)
     assert lr_at(0, c | {"warmup_epochs": 0.0}, 100) == 0.24
+    assert lr_at(3, c | {"warmup_epochs": 0.9, "epochs": 1}, 3) == 0.24      # a dry run past a warm-up that is all there is
 
 
 def test_smoothing_waits_for_the_warm_up_and_for_real_keys():
@@ -195,6 +196,15 @@ def test_other_settings_against_a_run_are_listed(run, images, tmp_path, capsys):
     folder = copy_of(run, tmp_path)
     line = error_of(pretrain.main, ["--data", images, "--out", folder, *TINY, "--lr", "0.5", "--temperature", "0.3"], capsys)
     assert all(w in line for w in ("lr was 0.12, now 0.5", "temperature was 0.1, now 0.3", "--restart")), line
+
+
+def test_weights_without_their_checkpoint_are_not_written_over(run, images, tmp_path, capsys):
+    folder = copy_of(run, tmp_path)
+    (folder / "last.pt").unlink()
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    line = error_of(pretrain.main, ["--data", images, "--out", folder, *TINY], capsys)
+    assert "no last.pt" in line and "--restart" in line
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("content, flag", [(b"garbage", None), (b"", None), ("truncated", None), ("bomb", None), ("bomb", "--init")])

@@ -10,7 +10,6 @@ Extracts the features once, then: linear probe, kNN, best-NN, and the second pap
 Writes lineval.json, neighbors.png, map.png and soft_positives.png into the run's folder.
 """
 import argparse
-import copy
 import json
 import math
 import os
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 from data import UserError
@@ -32,7 +32,8 @@ from models import ARCHS, Encoder, build_backbone
 
 HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
 FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")      # torchvision's 1000-class layers
-LRS, DECAYS = (0.3, 1.0, 3.0, 10.0, 30.0), (0.0, 1e-6, 1e-5, 1e-4)      # the probe's grid, on features of length about 1
+# The probe's (learning rate, weight decay) pairs, for features of length about 1.
+GRID = [(lr, decay) for lr in (0.3, 1.0, 3.0, 10.0, 30.0) for decay in (0.0, 1e-6, 1e-5, 1e-4)]
 
 
 # ---------------------------------------------------------------------- weights and datasets
@@ -44,8 +45,8 @@ def load_file(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: pass the path of a checkpoint") from None
     except Exception as error:     # truncated zip, pickle with code, garbage: torch raises many types
-        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: truncated, or not plain weights); nothing in it was "
-                        f"run: use another copy, or start afresh with --restart if it is a run's last.pt") from None
+        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: truncated, or not plain weights) and was "
+                        f"not run: use another copy, or start afresh with --restart if it is a run's last.pt") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
     return content
@@ -57,64 +58,63 @@ def load_weights(backbone, path, encoder="query"):
     part = {"query": "encoder", "key": "key_encoder"}[encoder]
     if "settings" in weights and part in weights:
         weights = {k.removeprefix("backbone."): v for k, v in weights[part].items() if k.startswith("backbone.")}
-    own = backbone.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    extra = sorted(k for k in weights.keys() - own.keys() if not str(k).startswith(FINAL_LAYERS))
-    wrong = sorted(k for k in own.keys() & weights.keys() if getattr(weights[k], "shape", None) != own[k].shape)
-    if missing or extra or wrong:
-        what = f"no {missing[0]}" if missing else f"an unknown {extra[0]}" if extra else f"another shape of {wrong[0]}"
-        raise UserError(f"{path} does not fit this network ({what}): pass the --arch (and image size) it was made with")
-    backbone.load_state_dict({k: weights[k] for k in own})
+    weights = {str(k): v for k, v in weights.items() if not str(k).startswith(FINAL_LAYERS)}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:80]      # the first that torch names
+        raise UserError(f"{path} does not fit this network ({reason} ...): "
+                        f"pass the --arch (and image size) it was made with") from None
 
 
 def labelled_splits(name, seed=0, train=None):
     """train, train_rows, val, val_rows (labelled rows of each dataset), classes, note. Where there is no val split,
     a keyed fifth of train is held out. Raises UserError for no labels or one class."""
     train = train or data.load_dataset(name, "train")
-    train_rows, note = (train.labels >= 0).nonzero().flatten(), ""
-    if data.has_val(name):
-        val = data.load_dataset(name, "val")
-        val_rows = (val.labels >= 0).nonzero().flatten()
-    else:
-        val = train
+    val = data.load_dataset(name, "val") if data.has_val(name) else train
+    train_rows, val_rows = ((dataset.labels >= 0).nonzero().flatten() for dataset in (train, val))
+    note = ""
+    if val is train:
         order = train_rows[torch.from_numpy(data.keyed_permutation(len(train_rows), data.HOLD_OUT, seed))]
-        cut = round(HELD_OUT * len(order))
-        val_rows, train_rows = order[:cut].sort().values, order[cut:].sort().values
-        note = f"no val split: {cut} of {len(order)} images held out (keyed by the seed; pretraining saw them, unlabelled)"
+        val_rows, train_rows = (part.sort().values for part in order.tensor_split([round(HELD_OUT * len(order))]))
+        note = (f"no val split: {len(val_rows)} of {len(order)} images held out "
+                f"(keyed by the seed; pretraining saw them, unlabelled)")
     classes = len(train.labels[train_rows].unique())
     if classes < 2 or len(val.labels[val_rows].unique()) < 2:
         what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"
-        raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: evaluation needs "
-                        f"at least 2 classes in each, a folder a class, or a labelled dataset by --data")
-    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes, note=note)
+        raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: "
+                        f"evaluation needs at least 2 classes in each, a folder a class; pass another --data")
+    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes,
+                           note=note)
 
 
 # ---------------------------------------------------------------------- features
 
-def world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @torch.no_grad()
+def outputs(net, dataset, rows, image_size, *, device="cpu", workers=0, batch_size=256):
+    """Yield the outputs (B, F) of `net` for the evaluation views of `rows`, a batch at a time."""
+    loader = DataLoader(Subset(data.CenterView(dataset, image_size), rows.tolist()), batch_size, num_workers=workers,
+                        worker_init_fn=data.outlive_signals, pin_memory=str(device).startswith("cuda"))
+    for images, _, _ in loader:
+        yield net(data.normalize(images.to(device)))
+
+
 def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0, batch_size=256):
     """Outputs (len(rows), F) of `net` for the evaluation view of each row, on the CPU; shared out between processes.
 
     float32, or float16 where that would pass 2 GiB. The caller sets eval mode.
     """
     rows = torch.arange(len(dataset)) if rows is None else rows
-    rank, size = world()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     each = math.ceil(len(rows) / size)
-    mine = rows[(torch.arange(rank * each, (rank + 1) * each)).clamp(max=len(rows) - 1)]      # padded with the last row
-    loader = DataLoader(Subset(data.CenterView(dataset, image_size), mine.tolist()), batch_size, num_workers=workers,
-                        worker_init_fn=data.outlive_signals, pin_memory=str(device).startswith("cuda"))
+    mine = rows[torch.arange(rank * each, (rank + 1) * each).clamp(max=len(rows) - 1)]      # padded with the last row
     features, at = None, 0
     try:
-        for images, _, _ in loader:
-            out = net(data.normalize(images.to(device)))
-            if features is None:
+        for out in outputs(net, dataset, mine, image_size, device=device, workers=workers, batch_size=batch_size):
+            if features is None:      # at once: the parts and their concatenation would be twice the memory
                 half = 4 * len(rows) * out.shape[1] > 2 ** 31
                 features = torch.empty(len(mine), out.shape[1], dtype=torch.float16 if half else torch.float32)
-            features[at:at + len(out)] = out.float()
+            features[at:at + len(out)] = out
             at += len(out)
     except UserError as error:      # an image that only this process has seen
         error.from_one_process = True
@@ -137,45 +137,43 @@ def view_features(backbone, two_views, rows, *, device="cpu", workers=0, batch_s
     return torch.cat(out, 1).unbind(0)
 
 
-@torch.no_grad()
 def estimate_batch_norm(backbone, dataset, rows, image_size, *, device="cpu", seed=0, batches=16, batch_size=128):
-    """Set a random network's running statistics to the mean over some batches of the data, so that it is an honest baseline."""
-    layers = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None                                 # cumulative mean
-    order = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, seed, 1))]
-    view = data.CenterView(dataset, image_size)
+    """Set a random network's running statistics to their mean over some batches of the data: an honest baseline."""
+    for layer in backbone.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None                             # cumulative mean
+    order = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, seed, 1)[:batches * batch_size])]
+    if len(order) % batch_size == 1:                          # one image alone has no variance
+        order = order[:-1]
     backbone.train()
-    for part in order.split(batch_size)[:batches]:
-        if len(part) > 1:
-            backbone(data.normalize(torch.stack([view[int(i)][0] for i in part]).to(device)))
+    for _ in outputs(backbone, dataset, order, image_size, device=device, batch_size=batch_size):
+        pass
     backbone.eval()
 
 
 # ---------------------------------------------------------------------- probes
 
-def neighbors_of(val_x, train_x, k, device, squared_distance=False, step=1024, block=1 << 17):
-    """Values and rows of the k nearest rows of train_x for every row of val_x: two (V, k) tensors.
+def neighbors_of(val_x, train_x, k, device="cpu", squared_distance=False, step=1024, block=1 << 17):
+    """Values and rows of the k nearest rows of train_x (all, if fewer) for every row of val_x: two (V, k) tensors.
 
     Similarity is the inner product, or minus the squared Euclidean distance; of step x block pairs at a time.
     """
-    values, rows = [], []
+    nearest = []
     for part in val_x.split(step):
         part = part.to(device).float()
-        best = None
+        values, rows = [], []                                 # the nearest k of each block
         for start in range(0, len(train_x), block):
             x = train_x[start:start + block].to(device).float()
             near = part @ x.T
             if squared_distance:
                 near = 2 * near - x.square().sum(1) - part.square().sum(1, keepdim=True)
             top = near.topk(min(k, len(x)))
-            found = (top.values, top.indices + start)
-            best = found if best is None else [torch.cat(pair, 1) for pair in zip(best, found)]
-            order = best[0].topk(min(k, best[0].shape[1])).indices
-            best = [t.gather(1, order) for t in best]
-        values.append(best[0].cpu()), rows.append(best[1].cpu())
-    return torch.cat(values), torch.cat(rows)
+            values.append(top.values)
+            rows.append(top.indices + start)
+        best = torch.cat(values, 1).topk(min(k, len(train_x)))
+        nearest.append((best.values.cpu(), torch.cat(rows, 1).gather(1, best.indices).cpu()))
+    return [torch.cat(parts) for parts in zip(*nearest)]
 
 
 def unit(x):
@@ -184,12 +182,12 @@ def unit(x):
 
 
 def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, device="cpu"):
-    """Weighted kNN of arXiv 1805.01978, section 3.4: votes exp(cosine / temperature) of the k nearest training features.
+    """Weighted kNN of arXiv 1805.01978, section 3.4: votes exp(cosine / temperature) of the k nearest of train.
 
     k is at most the mean size of a class, so that a small dataset's neighborhood is not most of it.
     """
     classes = int(train_y.max()) + 1
-    k = max(1, min(k, len(train_x) // len(train_y.unique())))
+    k = min(k, len(train_x) // len(train_y.unique()))
     similarity, rows = neighbors_of(unit(val_x), unit(train_x), k, device)
     votes = torch.zeros(len(val_x), classes).scatter_add_(1, train_y[rows], ((similarity - 1) / temperature).exp())
     return (votes.argmax(1) == val_y).float().mean().item()
@@ -200,21 +198,15 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
 
     k is chosen on the validation set itself, as the paper does. Of classes with equal votes the first wins.
     """
-    _, rows = neighbors_of(val_x, train_x, min(max_k, len(train_x)), device, squared_distance=True)
+    _, rows = neighbors_of(val_x, train_x, max_k, device, squared_distance=True)
     near = train_y[rows]                                                         # (V, k)
-    classes = int(train_y.max()) + 1
-    votes = -1e-6 * torch.arange(classes, dtype=torch.float64).repeat(len(val_x), 1)
-    best = (-1.0, 0)
-    for k in range(1, near.shape[1] + 1):
-        votes.scatter_add_(1, near[:, k - 1:k], torch.ones(len(val_x), 1, dtype=torch.float64))
-        if k % 2:
-            accuracy = (votes.argmax(1) == val_y).float().mean().item()
-            best = max(best, (accuracy, k), key=lambda found: found[0])
-    return best
+    accuracy = {k: (near[:, :k].mode().values == val_y).float().mean().item() for k in range(1, near.shape[1] + 1, 2)}
+    k = max(accuracy, key=accuracy.get)                       # of several the least
+    return accuracy[k], k
 
 
 def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=2000, batch_size=512):
-    """Softmax regressions, one for each (lr, weight decay) of `grid`, trained together -> weight (F, G, C), bias (G, C).
+    """Softmax regressions, a (lr, weight decay) of `grid` each, trained together -> weight (F, G, C), bias (G, C).
 
     SGD with momentum 0.9 and a cosine; batches are keyed permutations; every probe sees the same batches.
     """
@@ -225,57 +217,51 @@ def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=2000, 
     batch_size = min(batch_size, len(x))
     per_epoch = len(x) // batch_size
     steps = max(steps, 10 * per_epoch)
-    for step in range(steps):
-        epoch, t = divmod(step, per_epoch)
-        if t == 0:
-            order = torch.from_numpy(data.keyed_permutation(len(x), data.ORDER, seed, epoch))
-        rows = order[t * batch_size:(t + 1) * batch_size]
+    batches = data.schedule(len(x), batch_size, math.ceil(steps / per_epoch), seed)
+    for step, items in zip(range(steps), batches):
+        rows = torch.tensor([row for _, row in items])
         batch, labels = (x[rows].to(device).float() - mean) * scale, y[rows].to(device)    # (B, F), (B,)
-        error = probe_scores(batch, weight, bias).softmax(2)                               # (B, G, C) ...
+        error = (torch.tensordot(batch, weight, 1) + bias).softmax(2)                      # (B, G, C) ...
         error[torch.arange(len(rows), device=device), :, labels] -= 1                      # softmax minus target
         error /= len(rows)
         now = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        speed_w.mul_(0.9).add_((batch.T @ error.flatten(1)).view_as(weight)).add_(decay * weight)
+        speed_w.mul_(0.9).add_(torch.tensordot(batch.T, error, 1)).add_(decay * weight)
         speed_b.mul_(0.9).add_(error.sum(0))
         weight.sub_(now * speed_w), bias.sub_(now * speed_b)
     return weight, bias
 
 
-def probe_scores(batch, weight, bias):
-    """(B, F) -> (B, G, C), all probes in one product."""
-    return (batch @ weight.flatten(1)).view(len(batch), *bias.shape) + bias
-
-
 @torch.no_grad()
-def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=None, steps=2000):
+def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=GRID, steps=2000):
     """Linear classification of cached features -> dict of top1, top5 (on val), lr, weight_decay, held_out accuracy.
 
     Features are standardised with the training set's statistics and divided by the square root of their number. The
     grid is trained on nine tenths of train and judged on the rest; the winner is trained again on all of it.
     """
-    grid = grid or [(lr, decay) for lr in LRS for decay in DECAYS]
     parts = train_x.split(16384)                                                         # in float64, a part at a time
     mean = sum(part.to(device).double().sum(0) for part in parts) / len(train_x)
     var = sum((part.to(device).double() - mean).square().sum(0) for part in parts) / len(train_x)
-    alive = var > 1e-12 * var.max()                           # relative: deep random features can be tiny, constant ones are 0
-    scale = (torch.where(alive, var, torch.inf).rsqrt() / math.sqrt(train_x.shape[1])).float()
-    mean, classes = mean.float(), int(max(train_y.max(), val_y.max())) + 1
+    # Constant features become 0. Relative, since deep random features can be tiny.
+    var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
+    mean, scale = mean.float(), (var.rsqrt() / math.sqrt(train_x.shape[1])).float()
+    classes = int(max(train_y.max(), val_y.max())) + 1
+    options = dict(seed=seed, device=device, steps=steps)
 
-    def ranked(x, fitted, count):      # (N, G, count) classes, best first
-        return torch.cat([probe_scores((part.to(device).float() - mean) * scale, *fitted).topk(count).indices.cpu()
-                          for part in x.split(1024)])
+    def ranked(x, fitted, count):
+        """Rows of x (N, F) -> (N, G, count) classes, best first."""
+        weight, bias = fitted
+        scores = (torch.tensordot((part.to(device).float() - mean) * scale, weight, 1) + bias for part in x.split(1024))
+        return torch.cat([part.topk(count).indices.cpu() for part in scores])
 
-    winner, held_out = grid[0], float("nan")
-    if len(grid) > 1:
-        order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
-        judge, learn = order.tensor_split([max(1, len(order) // 10)])
-        fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, seed=seed, device=device, steps=steps)
-        accuracy = (ranked(train_x[judge], fitted, 1)[:, :, 0] == train_y[judge, None]).float().mean(0)      # (G,)
-        winner, held_out = grid[int(accuracy.argmax())], accuracy.max().item()
-    fitted = train_probes(train_x, train_y, mean, scale, classes, [winner], seed=seed, device=device, steps=steps)
+    order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
+    judge, learn = order.tensor_split([max(1, len(order) // 10)])
+    fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, **options)
+    right = ranked(train_x[judge], fitted, 1)[:, :, 0] == train_y[judge, None]                # (J, G)
+    held_out, winner = right.float().mean(0).max(0)
+    fitted = train_probes(train_x, train_y, mean, scale, classes, [grid[winner]], **options)
     right = ranked(val_x, fitted, min(5, classes))[:, 0] == val_y[:, None]                    # (V, 5)
     return {"top1": right[:, 0].float().mean().item(), "top5": right.any(1).float().mean().item(),
-            "lr": winner[0], "weight_decay": winner[1], "held_out": held_out}
+            "lr": grid[winner][0], "weight_decay": grid[winner][1], "held_out": held_out.item()}
 
 
 def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size=256):
@@ -289,7 +275,8 @@ def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size
     batch_size = min(batch_size, len(views))
     layer = nn.Linear(backbone.feature_dim, len(splits.names)).to(device)
     nn.init.normal_(layer.weight, 0, 0.01), nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), (30 if job.arch.startswith("resnet") else 3) * batch_size / 256, 0.9)
+    lr = (30 if job.arch.startswith("resnet") else 3) * batch_size / 256
+    optimizer = torch.optim.SGD(layer.parameters(), lr, 0.9)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * (len(views) // batch_size))
     batches = data.schedule(len(views), batch_size, job.epochs, job.seed)
     for crops, params, index in DataLoader(views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
@@ -305,18 +292,10 @@ def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size
 
 # ---------------------------------------------------------------------- representation space
 
-def pair_sums(x, labels, t=2.0, chunk=2048):
-    """Over all ordered pairs i != j of unit rows x (N, F): sums of squared distance and counts within and between classes,
-    and the mean of exp(-t d^2)."""
-    n, total_exp, same_sum, all_sum = len(x), 0.0, torch.zeros(int(labels.max()) + 1, dtype=torch.float64), 0.0
-    for start in range(0, n, chunk):
-        d2 = (2 - 2 * x[start:start + chunk] @ x.T).clamp_(min=0)                # (B, N)
-        d2[torch.arange(len(d2)), torch.arange(start, start + len(d2))] = 0
-        same = labels[start:start + chunk, None] == labels
-        same_sum.scatter_add_(0, labels[start:start + chunk], (d2 * same).sum(1).double())
-        all_sum += d2.double().sum().item()
-        total_exp += (-t * d2).exp().double().sum().item()
-    return same_sum, all_sum, (total_exp - n) / (n * (n - 1))      # the n pairs i = i added exp(0) each
+def pair_distances(x):
+    """Sum of |x_i - x_j|^2 over all ordered pairs of rows of x (N, F): 2 N sum |x|^2 - 2 |sum x|^2, in float64."""
+    x = x.double()
+    return 2 * len(x) * x.square().sum() - 2 * x.sum(0).square().sum()
 
 
 @torch.no_grad()
@@ -327,42 +306,34 @@ def representation_space(original, view1, view2, labels):
     over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats.
     """
     original, view1, view2 = (unit(x.float()) for x in (original, view1, view2))
+    n = len(original)
 
-    def retrieved(x, positive):
-        """Share of x whose positive is more similar than every other row of x."""
-        right = 0
-        for start in range(0, len(x), 2048):
-            near = x[start:start + 2048] @ x.T
-            near[torch.arange(len(near)), torch.arange(start, start + len(near))] = -torch.inf
-            right += (near.amax(1) < (x[start:start + 2048] * positive[start:start + 2048]).sum(1)).sum().item()
-        return right / len(x)
+    def found(x, positive):
+        """Share of x whose positive is more similar than every other row of x (the nearest row of x is itself)."""
+        similarity, _ = neighbors_of(x, x, 2)
+        return ((x * positive).sum(1) > similarity[:, 1]).double().mean().item()
 
-    out = {"instance_discrimination": retrieved(original, view1), "instance_discrimination_views": retrieved(view1, view2),
+    out = {"instance_discrimination": found(original, view1), "instance_discrimination_views": found(view1, view2),
            "alignment": (original - view1).square().sum(1).mean().item(),
            "alignment_views": (view1 - view2).square().sum(1).mean().item()}
-    counts = torch.bincount(labels).double()
-    pairs = counts * (counts - 1)
     for x, suffix in ((original, ""), (view1, "_views")):
-        same, every, potential = pair_sums(x, labels)
-        intra = (same[pairs > 0] / pairs[pairs > 0]).mean().item()
-        inter = (every - same.sum().item()) / (len(x) * (len(x) - 1) - pairs.sum().item())
-        out |= {"uniformity" + suffix: math.log(potential), "intra_class" + suffix: intra, "inter_class" + suffix: inter,
-                "over_clustering" + suffix: intra / inter}
+        total = sum((-2 * torch.cdist(part, x).square()).exp().double().sum().item() for part in x.split(2048))
+        members = [x[labels == c] for c in labels.unique()]
+        within = torch.stack([pair_distances(part) for part in members])
+        pairs = torch.tensor([len(part) * (len(part) - 1) for part in members])
+        intra = (within / pairs)[pairs > 0].mean()
+        inter = (pair_distances(x) - within.sum()) / (n * (n - 1) - pairs.sum())
+        out |= {"uniformity" + suffix: math.log((total - n) / (n * (n - 1))),      # the n pairs i = i added exp(0) each
+                "intra_class" + suffix: intra.item(), "inter_class" + suffix: inter.item(),
+                "over_clustering" + suffix: (intra / inter).item()}
     singular = torch.linalg.svdvals((original - original.mean(0)).double())
-    shares = singular / singular.sum()
-    out["effective_rank"] = torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()).item()
+    out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
     return out
 
 
 # ---------------------------------------------------------------------- pictures
 
 GREEN, RED, GRAY = (40, 170, 70), (215, 50, 50), (150, 150, 150)
-
-
-def thumbnail(dataset, row, frame, side=64):
-    """A framed Pillow image of side + 8 px."""
-    image = data.CenterView(dataset, side)[int(row)][0]
-    return ImageOps.expand(Image.fromarray(image.permute(1, 2, 0).numpy()), 4, frame)
 
 
 def draw_rows(path, title, queries, query_rows, others, other_rows):
@@ -375,19 +346,24 @@ def draw_rows(path, title, queries, query_rows, others, other_rows):
     out = Image.new("RGB", (168 + 72 * other_rows.shape[1], 24 + 76 * len(query_rows)), "white")
     pen = ImageDraw.Draw(out)
     pen.text((6, 6), f"{title} ({same.float().mean():.0%} of the query's class: green)", fill="black")
-    for i, row in enumerate(query_rows):
+
+    def paste(dataset, row, frame, x, y):      # 64 px, framed by 4
+        image, _, _ = data.CenterView(dataset, 64)[row]
+        out.paste(ImageOps.expand(to_pil_image(image), 4, frame), (x, y))
+
+    for i, row in enumerate(query_rows.tolist()):
         y, label = 24 + 76 * i, queries.labels[row]
         pen.text((4, y + 28), queries.classes[label][:14] if label >= 0 else "", fill="black")
-        out.paste(thumbnail(queries, row, GRAY), (90, y))
-        for j, other in enumerate(other_rows[i]):
-            out.paste(thumbnail(others, other, GREEN if same[i, j] else RED), (168 + 72 * j, y))
+        paste(queries, row, GRAY, 90, y)
+        for j, other in enumerate(other_rows[i].tolist()):
+            paste(others, other, GREEN if same[i, j] else RED, 168 + 72 * j, y)
     out.save(path)
 
 
 def draw_neighbors(path, splits, train_x, val_x, seed, device, queries=10, count=8):
     """For some validation images the nearest training images, by cosine."""
     picks = torch.from_numpy(data.keyed_permutation(len(val_x), data.SAMPLE, seed, 2)[:queries])
-    _, near = neighbors_of(unit(val_x[picks]), unit(train_x), min(count, len(train_x)), device)
+    _, near = neighbors_of(unit(val_x[picks]), unit(train_x), count, device)
     draw_rows(path, "left: a validation image; then its nearest training images",
               splits.val, splits.val_rows[picks], splits.train, splits.train_rows[near])
 
@@ -401,22 +377,21 @@ def draw_soft_positives(path, run, c, seed, queries=10, count=8):
     real = state["queue"]["index"] >= 0
     if not real.any() or (dataset.labels < 0).all():
         return
-    keys, index = state["queue"]["keys"][real], state["queue"]["index"][real]
     picks = torch.from_numpy(data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries])
-    view = data.CenterView(dataset, c["image_size"])
-    q = encoder(data.normalize(torch.stack([view[int(i)][0] for i in picks])))                 # (Q, D)
-    near = index[(q @ keys.T).topk(min(count, len(keys))).indices]                             # (Q, count)
-    draw_rows(path, "left: a query; then its nearest keys in the queue, its soft positives", dataset, picks, dataset, near)
+    q = torch.cat(list(outputs(encoder, dataset, picks, c["image_size"])))                     # (Q, D)
+    _, near = neighbors_of(q, state["queue"]["keys"][real], count)                             # (Q, count)
+    draw_rows(path, "left: a query; then its nearest keys in the queue, its soft positives",
+              dataset, picks, dataset, state["queue"]["index"][real][near])
 
 
 def draw_map(path, panels, labels, names, most=2000, side=420):
-    """2-D PCA of unit-length features, a panel each of (title, features), coloured by class (12 at most), with a legend."""
-    shown = sorted(set(labels.tolist()))[:12]
-    colors = {c: f"hsv({360 * i // len(shown)}, 90%, 85%)" for i, c in enumerate(shown)}
+    """2-D PCA of unit-length features, a panel each of (title, features); a colour a class (12 at most), a legend."""
+    shown = labels.unique()[:12]
+    colors = {c: f"hsv({360 * i // len(shown)}, 90%, 85%)" for i, c in enumerate(shown.tolist())}
     out = Image.new("RGB", (len(panels) * side + 130, side + 24), "white")
     pen = ImageDraw.Draw(out)
-    keep = torch.isin(labels, torch.tensor(shown)).nonzero().flatten()
-    keep = keep[torch.from_numpy(data.keyed_permutation(len(keep), data.SAMPLE)[:most])]      # the rows come class by class
+    keep = torch.isin(labels, shown).nonzero().flatten()
+    keep = keep[torch.from_numpy(data.keyed_permutation(len(keep), data.SAMPLE)[:most])]      # they come class by class
     for i, (title, features) in enumerate(panels):
         x = unit(features[keep].float())
         x = x - x.mean(0)
@@ -424,9 +399,9 @@ def draw_map(path, panels, labels, names, most=2000, side=420):
         plane = (plane - plane.amin(0)) / (plane.amax(0) - plane.amin(0)).clamp(min=1e-12)
         pen.text((i * side + 8, 6), title, fill="black")
         for (u, v), c in zip((plane * (side - 24) + 12).tolist(), labels[keep].tolist()):
-            pen.ellipse((i * side + u - 2, 24 + v - 2, i * side + u + 2, 24 + v + 2), fill=colors[c])
-    for i, c in enumerate(shown):
-        pen.ellipse((len(panels) * side + 6, 34 + 20 * i, len(panels) * side + 16, 44 + 20 * i), fill=colors[c])
+            pen.circle((i * side + u, 24 + v), 2, fill=colors[c])
+    for i, (c, color) in enumerate(colors.items()):
+        pen.circle((len(panels) * side + 11, 39 + 20 * i), 5, fill=color)
         pen.text((len(panels) * side + 22, 34 + 20 * i), names[c][:16], fill="black")
     out.save(path)
 
@@ -441,27 +416,29 @@ PROBES = {     # key in lineval.json: name in the table, how to read it
     "best_nn": ("best-NN %, Euclidean", "higher is better; k chosen on val, as [Small]"),
     "best_nn_unit": ("best-NN %, unit length", "higher is better"),
 }
-SPACE = {     # "with labels": a supervised MobileNetV3-Small on CIFAR-10, 4 epochs, val; a random one stands in the first column
+SPACE = {     # "with labels": a supervised MobileNetV3-Small on CIFAR-10, 4 epochs, val; random is the first column
     "instance_discrimination": ("image finds its own view %", "higher: the pretext task is solved; with labels 12"),
     "instance_discrimination_views": ("view finds the other view %", "higher: the same, harder; with labels 8"),
     "alignment": ("alignment", "lower: views of an image lie together; with labels 0.68"),
     "uniformity": ("uniformity", "lower: features fill the sphere; with labels -2.6"),
     "intra_class": ("intra-class alignment", "lower: a class lies together; with labels 0.92"),
     "inter_class": ("inter-class distance", "higher: classes lie apart; with labels 2.1"),
-    "over_clustering": ("over-clustering, intra/inter", "lower: 1 means classes do not show in distances; with labels 0.44"),
+    "over_clustering": ("over-clustering, intra/inter",
+                        "lower: 1 means classes do not show in distances; with labels 0.44"),
     "effective_rank": ("effective rank", "higher: more directions are used; with labels 30"),
 }
 
 
 def evaluate(backbone, splits, job, protocol):
-    """All measures of one frozen network -> (report, train features, val features); None thrice but on the first process."""
-    before = copy.deepcopy(backbone.state_dict())
+    """All measures of one frozen network -> (report, train features, val features), Nones but on the first process."""
+    before = [t.clone() for t in backbone.state_dict().values()]
     # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
     backbone.eval()
     options = dict(device=job.device, workers=job.workers)
     sets = {"train": (splits.train, splits.train_rows), "val": (splits.val, splits.val_rows)}
-    x = {part: extract_features(backbone, dataset, job.image_size, rows=rows, **options) for part, (dataset, rows) in sets.items()}
-    if world()[0]:
+    x = {part: extract_features(backbone, dataset, job.image_size, rows=rows, **options)
+         for part, (dataset, rows) in sets.items()}
+    if job.rank:
         return None, None, None
     y = {part: dataset.labels[rows] for part, (dataset, rows) in sets.items()}
     both = (x["train"], y["train"], x["val"], y["val"])
@@ -474,11 +451,11 @@ def evaluate(backbone, splits, job, protocol):
         order = torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, job.seed, 4))
         chosen = torch.cat([order[y[part][order] == c][:job.per_class] for c in y[part].unique()])
         two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
-        report["space"][part] = representation_space(x[part][chosen], *view_features(backbone, two_views, rows[chosen], **options),
-                                                     y[part][chosen])
+        views = view_features(backbone, two_views, rows[chosen], **options)
+        report["space"][part] = representation_space(x[part][chosen], *views, y[part][chosen])
     if protocol == "augmented":
         report["augmented_top1"] = augmented_probe(backbone, splits, x["val"], job, **options)
-    if any(not torch.equal(t, before[name]) for name, t in backbone.state_dict().items()):
+    if not all(map(torch.equal, before, backbone.state_dict().values())):
         raise RuntimeError("the backbone moved during its evaluation")     # a bug here, never the user's doing
     return report, x["train"], x["val"]
 
@@ -498,8 +475,8 @@ def print_reports(columns):
     for part in ("train", "val"):
         print(f"representation space, {part}: unit-length features, images | augmented views where two numbers;"
               " 'with labels': a supervised network's on CIFAR-10, not on these data")
+        spaces = [report["space"][part] for report in columns.values()]
         for key, (name, reading) in SPACE.items():
-            spaces = [report["space"][part] for report in columns.values()]
             if name.endswith("%"):
                 cells = [f"{100 * space[key]:.1f}" for space in spaces]
             else:
@@ -517,15 +494,15 @@ def read_job(flags, run):
         job.image_size = flags.image_size or data.default_image_size(data.load_dataset(job.data, "train"))
         job.small_images = job.image_size <= data.SMALL
         return job
-    if not (run / "args.json").is_file():
-        raise UserError(f"{run} is not a run of pretrain.py (it has no args.json): pass a folder such as runs/...")
     try:
         c = job.settings = json.loads((run / "args.json").read_text())
         job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
         job.small_images = c["image_size"] <= data.SMALL
         job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
+    except OSError:
+        raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as runs/...") from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{run / 'args.json'} is damaged ({error}): restore it or pretrain again with --restart") from None
+        raise UserError(f"{run}/args.json is damaged ({error}): restore it or pretrain again with --restart") from None
     if flags.arch not in (None, job.arch):
         raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
     job.weights, job.title = run / ("last.pt" if flags.encoder == "key" else "backbone.pt"), str(run)
@@ -533,25 +510,27 @@ def read_job(flags, run):
 
 
 def run_job(job):
-    """Evaluate one network and its random twin, write and draw -> (random report, report); None but on the first process."""
+    """Evaluate a network and its random twin, write, draw -> (random report, report), None but on the first process."""
     started = time.perf_counter()
     splits = labelled_splits(job.data, job.seed)
     torch.manual_seed(job.seed)
-    random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last) for _ in range(2))
+    random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last)
+                        for _ in range(2))
     load_weights(backbone, job.weights, job.encoder)
-    if world()[0] == 0:
+    if job.rank == 0:
         print(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data}: {len(splits.train_rows)} training and "
               f"{len(splits.val_rows)} validation images of {len(splits.names)} classes at {job.image_size} px"
               + (f"\n  {splits.note}" if splits.note else ""), flush=True)
     estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
-    random_report, random_x = evaluate(random, splits, job, "cached")[::2]      # not its training features: at ImageNet's size, 3 GiB
+    random_report, random_x = evaluate(random, splits, job, "cached")[::2]      # frees its training features
     report, train_x, val_x = evaluate(backbone, splits, job, job.protocol)
-    if world()[0]:
+    if job.rank:
         return None
     if job.run:
-        content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size, "note": splits.note,
-                   "train_images": len(splits.train_rows), "val_images": len(splits.val_rows), "seed": job.seed,
-                   "pretrained": report, "random": random_report, "seconds": time.perf_counter() - started}
+        content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size,
+                   "note": splits.note, "train_images": len(splits.train_rows), "val_images": len(splits.val_rows),
+                   "seed": job.seed, "pretrained": report, "random": random_report,
+                   "seconds": time.perf_counter() - started}
         with data.writing(job.run):
             (job.run / "lineval.json").write_text(json.dumps(content, indent=1) + "\n")
             draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.seed, job.device)
@@ -573,7 +552,7 @@ def main(argv=None):
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     add("--data", help="evaluate on another dataset than the run's own")
     add("--encoder", default="query", choices=("query", "key"))
-    add("--protocol", default="cached", choices=("cached", "augmented"), help="augmented: also the papers' 100 epochs of crops")
+    add("--protocol", default="cached", choices=("cached", "augmented"), help="augmented: the papers' 100 epochs, too")
     add("--epochs", type=int, default=100, help="of the augmented protocol")
     add("--image-size", type=int)
     add("--per-class", type=int, default=50, help="images a class for the representation space")
@@ -581,10 +560,15 @@ def main(argv=None):
     add("--workers", type=int, default=1)
     flags = parser.parse_args(argv)
     torch.set_flush_denormal(True)
-    flags.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    for name in ("epochs", "per_class", "image_size"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 2 - (name == "epochs"):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: too small")
+    flags.rank = int(os.environ.get("RANK", 0))
+    flags.device = torch.device("cpu")
+    if torch.cuda.is_available():
+        flags.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(flags.device)
+    for name, value, least in (("epochs", flags.epochs, 1), ("per-class", flags.per_class, 2),
+                               ("image-size", flags.image_size, 2)):
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     if flags.weights:
         jobs = [read_job(flags, None)]
     else:
@@ -593,8 +577,6 @@ def main(argv=None):
             raise UserError("no finished epoch of any run in runs/: start with python pretrain.py, or pass --weights")
         jobs = [read_job(flags, Path(run)) for run in flags.runs or [newest[0].parent]]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if flags.device.type == "cuda":
-            torch.cuda.set_device(flags.device)
         # Days: the first process measures alone while the others wait.
         dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     columns = {}
@@ -607,8 +589,10 @@ def main(argv=None):
             columns[title] = both[1]
     if columns:
         print_reports(columns)
-        written = [f"{job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}" for job in jobs if job.run]
-        print("\n".join(["", *("written: " + w for w in written)]))
+        print()
+        for job in jobs:
+            if job.run:
+                print(f"written: {job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

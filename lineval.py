@@ -7,7 +7,8 @@
 
 Extracts the features once, then: linear probe, kNN, best-NN, and the second paper's view of the representation space
 ([Small], arXiv 2107.14762, section 3), all next to the same network with random weights. Labels are used here only.
-Writes lineval.json, neighbors.png, map.png and soft_positives.png into the run's folder.
+Writes lineval.json, neighbors.png, map.png and soft_positives.png into the run's folder; with --data, --encoder or
+--image-size other than the run's own lineval-OTHER.json, neighbors-OTHER.png and map-OTHER.png beside them.
 """
 import argparse
 import json
@@ -100,9 +101,8 @@ def outputs(net, dataset, rows, image_size, *, device="cpu", workers=0, batch_si
 
 
 def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0, batch_size=256):
-    """Outputs (len(rows), F) of `net` for the evaluation view of each row, on the CPU; shared out between processes.
-
-    float32, or float16 where that would pass 2 GiB. The caller sets eval mode.
+    """Outputs (len(rows), F) of `net` for the evaluation view of each row, on the CPU; float16 where float32 would pass
+    2 GiB. The work is shared out between processes; all but the first get (0, F). The caller sets eval mode.
     """
     rows = torch.arange(len(dataset)) if rows is None else rows
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -119,10 +119,10 @@ def extract_features(net, dataset, image_size, *, rows=None, device="cpu", worke
     except UserError as error:      # an image that only this process has seen
         error.from_one_process = True
         raise
-    if size > 1:
-        parts = [torch.empty_like(features, device=device) for _ in range(size)]
-        dist.all_gather(parts, features.to(device))
-        features = torch.cat([part.cpu() for part in parts])
+    if size > 1:     # the parts of all processes go to the first, straight into their places
+        whole = torch.empty(size if rank == 0 else 0, *features.shape, dtype=features.dtype, device=device)
+        dist.gather(features.to(device), list(whole) if rank == 0 else None)
+        features = whole.flatten(0, 1).cpu()
     return features[:len(rows)]
 
 
@@ -233,7 +233,8 @@ def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=2000, 
 
 @torch.no_grad()
 def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=GRID, steps=2000):
-    """Linear classification of cached features -> dict of top1, top5 (on val), lr, weight_decay, held_out accuracy.
+    """Linear classification of cached features -> dict of top1, top5 (on val; of more than 5 classes), lr,
+    weight_decay, held_out accuracy.
 
     Features are standardised with the training set's statistics and divided by the square root of their number. The
     grid is trained on nine tenths of train and judged on the rest; the winner is trained again on all of it.
@@ -260,7 +261,8 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=G
     held_out, winner = right.float().mean(0).max(0)
     fitted = train_probes(train_x, train_y, mean, scale, classes, [grid[winner]], **options)
     right = ranked(val_x, fitted, min(5, classes))[:, 0] == val_y[:, None]                    # (V, 5)
-    return {"top1": right[:, 0].float().mean().item(), "top5": right.any(1).float().mean().item(),
+    top5 = {"top5": right.any(1).float().mean().item()} if classes > 5 else {}
+    return {"top1": right[:, 0].float().mean().item(), **top5,
             "lr": grid[winner][0], "weight_decay": grid[winner][1], "held_out": held_out.item()}
 
 
@@ -303,7 +305,8 @@ def representation_space(original, view1, view2, labels):
     """Measures of [Small], section 3, on unit-length features of images and two augmented views of them, each (N, F).
 
     All pairs, where the paper's code samples three batches of 128 for uniformity. Of them inter-class distance,
-    over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats.
+    over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats, without those that are
+    undefined (no class of two images, a complete collapse).
     """
     original, view1, view2 = (unit(x.float()) for x in (original, view1, view2))
     n = len(original)
@@ -328,7 +331,7 @@ def representation_space(original, view1, view2, labels):
                 "over_clustering" + suffix: (intra / inter).item()}
     singular = torch.linalg.svdvals((original - original.mean(0)).double())
     out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
-    return out
+    return {name: value for name, value in out.items() if not math.isnan(value)}
 
 
 # ---------------------------------------------------------------------- pictures
@@ -369,14 +372,16 @@ def draw_neighbors(path, splits, train_x, val_x, seed, device, queries=10, count
 
 
 @torch.no_grad()
-def draw_soft_positives(path, run, c, seed, queries=10, count=8):
+def draw_soft_positives(path, run, c, dataset, seed, queries=10, count=8):
     """From last.pt: some images, and the keys in the queue that would take their smoothing mass."""
-    state, dataset = load_file(run / "last.pt"), data.load_dataset(c["data"], "train")
+    if dataset.fingerprint != c["dataset"]:     # the queue's indices are of other images
+        raise UserError("these are not the images of pretraining")
+    state = load_file(run / "last.pt")
     encoder = Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL).eval()
     encoder.load_state_dict(state["encoder"])
     real = state["queue"]["index"] >= 0
-    if not real.any() or (dataset.labels < 0).all():
-        return
+    if not real.any():
+        raise UserError("the queue holds no image's key yet")
     picks = torch.from_numpy(data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries])
     q = torch.cat(list(outputs(encoder, dataset, picks, c["image_size"])))                     # (Q, D)
     _, near = neighbors_of(q, state["queue"]["keys"][real], count)                             # (Q, count)
@@ -480,7 +485,8 @@ def print_reports(columns):
             if name.endswith("%"):
                 cells = [f"{100 * space[key]:.1f}" for space in spaces]
             else:
-                cells = [" | ".join(f"{space[k]:.3f}" for k in (key, key + "_views") if k in space) for space in spaces]
+                cells = [" | ".join(f"{space[k]:.3f}" for k in (key, key + "_views") if k in space) or "-"
+                         for space in spaces]
             line("  " + name, cells, reading)
 
 
@@ -497,7 +503,7 @@ def read_job(flags, run):
     try:
         c = job.settings = json.loads((run / "args.json").read_text())
         job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
-        job.small_images = c["image_size"] <= data.SMALL
+        job.small_images, job.pretrained_on = c["image_size"] <= data.SMALL, c["dataset"]
         job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
     except OSError:
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as runs/...") from None
@@ -531,14 +537,23 @@ def run_job(job):
                    "note": splits.note, "train_images": len(splits.train_rows), "val_images": len(splits.val_rows),
                    "seed": job.seed, "pretrained": report, "random": random_report,
                    "seconds": time.perf_counter() - started}
+        # What is measured of other data, the key encoder or another size lies beside the run's own report.
+        c = job.settings
+        other = [splits.train.name] if job.data != c["data"] and splits.train.fingerprint != job.pretrained_on else []
+        other += ["key"] if job.encoder == "key" else []
+        other += [f"{job.image_size}px"] if job.image_size != c["image_size"] else []
+        job.written = ["-".join([kind, *other]) + suffix
+                       for kind, suffix in (("lineval", ".json"), ("neighbors", ".png"), ("map", ".png"))]
+        report_json, neighbors_png, map_png = (job.run / name for name in job.written)
         with data.writing(job.run):
-            (job.run / "lineval.json").write_text(json.dumps(content, indent=1) + "\n")
-            draw_neighbors(job.run / "neighbors.png", splits, train_x, val_x, job.seed, job.device)
-            draw_map(job.run / "map.png", [("random weights", random_x), ("pretrained", val_x)],
+            report_json.write_text(json.dumps(content, indent=1) + "\n")
+            draw_neighbors(neighbors_png, splits, train_x, val_x, job.seed, job.device)
+            draw_map(map_png, [("random weights", random_x), ("pretrained", val_x)],
                      splits.val.labels[splits.val_rows], splits.names)
             try:
-                draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, job.seed)
-            except UserError as error:      # no last.pt, or its dataset is elsewhere: the report does not need them
+                draw_soft_positives(job.run / "soft_positives.png", job.run, c, splits.train, job.seed)
+                job.written.append("soft_positives.png")
+            except UserError as error:      # no last.pt, or other images: the report does not need them
                 print(f"no soft_positives.png: {error}")
     return random_report, report
 
@@ -563,10 +578,13 @@ def main(argv=None):
     flags.rank = int(os.environ.get("RANK", 0))
     flags.device = torch.device("cpu")
     if torch.cuda.is_available():
-        flags.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"process {local_rank} has no GPU of its own: pass --nproc_per_node={gpus} to torchrun")
+        flags.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(flags.device)
     for name, value, least in (("epochs", flags.epochs, 1), ("per-class", flags.per_class, 2),
-                               ("image-size", flags.image_size, 2)):
+                               ("image-size", flags.image_size, 8), ("workers", flags.workers, 0)):
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if flags.weights:
@@ -583,7 +601,7 @@ def main(argv=None):
     for job in jobs:
         both = run_job(job)
         if both:
-            several = (f"random {job.arch} on {Path(job.data).name}", job.title)
+            several = (f"random {job.arch} on {Path(job.data).name}, {job.image_size} px", job.title)
             random_title, title = several if len(jobs) > 1 else ("random weights", "pretrained")
             columns.setdefault(random_title, both[0])
             columns[title] = both[1]
@@ -592,7 +610,7 @@ def main(argv=None):
         print()
         for job in jobs:
             if job.run:
-                print(f"written: {job.run}/{{lineval.json, neighbors.png, map.png, soft_positives.png}}")
+                print(f"written: {job.run}/{{{', '.join(job.written)}}}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -36,7 +36,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         for i, part in enumerate(slices, start=1):
             # With these momenta, `count` updates equal one update by their mean.
             momentum = m / (count - m * (count - i))
-            out.append(F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps))
+            out.append(F.batch_norm(part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum,
+                                    self.eps))
         return torch.cat(out)
 
 
@@ -62,9 +63,11 @@ class NarrowDepthwise(torch.autograd.Function):
         by_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, padding=k // 2, groups=c)
         pairs = x.permute(1, 2, 3, 0).reshape(c, h * w, n) @ gradient.permute(1, 0, 2, 3).reshape(c, n, h * w)
         taps = torch.arange(k)[:, None, None]
-        down, right = (torch.arange(side)[:, None] - torch.arange(side) + k // 2 == taps for side in (h, w))    # (k, H, H), (k, W, W)
-        joined = (down[:, None, :, None, :, None] & right[None, :, None, :, None, :]).view(k * k, -1)     # (k k, H W H W)
-        return by_x, (pairs.flatten(1) @ joined.T.to(x.dtype)).view_as(weight)
+        down, right = (torch.arange(side)[:, None] - torch.arange(side) + k // 2 == taps      # (k, H, H), (k, W, W)
+                       for side in (h, w))
+        joined = (down[:, None, :, None, :, None] & right[None, :, None, :, None, :]).view(k * k, -1)     # (kk, HWHW)
+        by_weight = torch.empty_like(weight)                  # with its strides, or DistributedDataParallel complains
+        return by_x, by_weight.copy_((pairs.flatten(1) @ joined.T.to(x.dtype)).view_as(weight))
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -82,7 +85,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def conv_bn(c_in, c_out, kernel=3, stride=1, depthwise=False, act=nn.ReLU, eps=1e-5):
     """Convolution, batch norm, activation (`act=None`: none); the resolution changes by `stride` alone."""
-    conv = DepthwiseConv2d(c_in, kernel, stride) if depthwise else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    conv = (DepthwiseConv2d(c_in, kernel, stride) if depthwise
+            else nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False))
     layers = [conv, BatchNorm2d(c_out, eps)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 

@@ -446,6 +446,8 @@ def online_knn(s, done):
             save(s, done, alone=True)
             raise
     s.encoder.train()
+    if s.p.rank:     # the first process has the features, and prints
+        return None
     (train_x, train_y), (val_x, val_y) = sets
     parts = (slice(0, width), slice(width, None))
     return [knn_accuracy(train_x[:, part], train_y, val_x[:, part], val_y, device=s.p.device) for part in parts]

@@ -133,9 +133,11 @@ def test_unknown_arch_is_named():
 @pytest.mark.parametrize("height, width, kernel", [(4, 4, 5), (2, 2, 5), (1, 3, 5), (2, 2, 3)])
 def test_depthwise_gradients_on_maps_narrower_than_the_kernel(height, width, kernel):
     torch.manual_seed(0)
-    conv = DepthwiseConv2d(7, kernel, 1).double()
+    conv = DepthwiseConv2d(7, kernel, 1).double().to(memory_format=torch.channels_last)
     x, upstream = torch.randn(6, 7, height, width).double().requires_grad_(), torch.randn(6, 7, height, width).double()
     ours, theirs = conv(x), F.conv2d(x, conv.weight, None, 1, kernel // 2, 1, 7)
     assert "NarrowDepthwise" in type(ours.grad_fn).__name__
     wanted = torch.autograd.grad(theirs, (x, conv.weight), upstream)
-    torch.testing.assert_close(torch.autograd.grad(ours, (x, conv.weight), upstream), wanted)
+    found = torch.autograd.grad(ours, (x, conv.weight), upstream)
+    torch.testing.assert_close(found, wanted)
+    assert found[1].stride() == conv.weight.stride()          # DistributedDataParallel warns otherwise

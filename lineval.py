@@ -79,7 +79,7 @@ def labelled_splits(name, seed=0, train=None):
         order = train_rows[torch.from_numpy(data.keyed_permutation(len(train_rows), data.HOLD_OUT, seed))]
         val_rows, train_rows = (part.sort().values for part in order.tensor_split([round(HELD_OUT * len(order))]))
         note = (f"no val split: {len(val_rows)} of {len(order)} images held out "
-                f"(keyed by the seed; pretraining saw them, unlabelled)")
+                f"(keyed by the seed; pretraining on these data saw them, unlabelled)")
     classes = len(train.labels[train_rows].unique())
     if classes < 2 or len(val.labels[val_rows].unique()) < 2:
         what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"

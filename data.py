@@ -119,11 +119,13 @@ def read_image(path):
                 pass
         if image is None or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
             with Image.open(path) as file:
-                if file.mode in ("I", "F"):
+                sixteen = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
+                if file.mode in ("I", "F") and not sixteen:
                     raise UserError(f"cannot read image {path} (its range is unknown, mode {file.mode}): convert it to 8 or "
                                     f"16 bits")
-                if file.mode.startswith("I;16"):     # Pillow's convert would clip them at 255
-                    file = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
+                if sixteen:     # Pillow's convert would clip them at 255
+                    bits = getattr(file, "tag_v2", {}).get(258, (16,))[0]      # TIFF's BitsPerSample: 12 in some cameras'
+                    file = Image.fromarray((np.array(file) >> (bits - 8)).astype(np.uint8))
                 image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         return image
     except UserError:
@@ -163,27 +165,36 @@ def load_dataset(name_or_path, split):
     classes = sorted(os.path.basename(c) for c in list_folder(train_root)[0] if any(images_below(c)))
     strange = sorted({c for c in found if c is not None} - set(classes))
     if strange:
-        raise UserError(f"{folder} has a class folder {strange[0]!r} that {train_root} has not: "
-                        f"name the class folders of both splits alike")
+        raise UserError(f"{folder} has a class folder {strange[0]!r} with images, {train_root} has none of that class: name "
+                        f"the class folders of both splits alike, or move that one away")
     numbers = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([-1 if c is None else numbers[c] for c in found])
     return Files(root.resolve().name or "root", str(folder), paths, labels, classes)
 
 
 def list_folder(folder):
-    """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in."""
-    try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in.
+
+    A link that leads nowhere counts as a file, so that `read_image` names it.
+    """
+    try:      # lost+found: only root may list it, in the top folder of many disks
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.name != "lost+found"]
     except OSError as error:
         raise UserError(f"cannot list {folder} ({error.strerror}): allow it, or move that folder away") from None
 
     def leads_back(entry):
-        above = Path(os.path.abspath(entry.path)).parents
-        return entry.is_symlink() and any(os.path.samefile(entry.path, parent) for parent in above)
+        target = os.path.join(os.path.realpath(entry.path), "")
+        above = (os.path.join(os.path.realpath(parent), "") for parent in Path(entry.path).parents)
+        return any(parent.startswith(target) for parent in above)
 
-    folders = [entry.path for entry in entries if entry.is_dir() and not leads_back(entry)]
-    files = [entry.path for entry in entries
-             if os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.is_dir()]
+    folders, files = [], []
+    for entry in entries:
+        # isdir is False where a link's target is missing or forbidden, or is the link; entry.is_dir() raises for the last two.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            if not (entry.is_symlink() and leads_back(entry)):
+                folders.append(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            files.append(entry.path)
     return folders, files
 
 

@@ -1,5 +1,7 @@
 """Views: the device share is torchvision's functional transforms; the randomness is keyed; datasets are what is on disk."""
+import os
 import shutil
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +208,41 @@ def test_what_unpackers_and_viewers_leave_in_folders_changes_nothing(tmp_path):
     assert len(data.load_dataset(str(root), "train")) > 24
 
 
+def test_links_that_lead_nowhere_or_in_circles(tmp_path):
+    root = write_images(tmp_path / "far" / "pictures", 12, splits=("",))
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "aside" / "round").symlink_to(root / "a", target_is_directory=True)
+    (root / "a" / "round").symlink_to(tmp_path / "aside", target_is_directory=True)
+    (root / "itself").symlink_to("itself")
+    (tmp_path / "near").symlink_to(root / "a", target_is_directory=True)
+    assert len(data.load_dataset(str(root), "train")) == 12
+    assert len(data.load_dataset(str(tmp_path / "near" / ".." / ".." / "pictures"), "train")) == 12
+    (root / "itself.png").symlink_to("itself.png")
+    (root / "gone.png").symlink_to("nowhere.png")
+    dataset = data.load_dataset(str(root), "train")
+    assert len(dataset) == 14
+    for i in (dataset.labels < 0).nonzero().flatten():
+        with pytest.raises(UserError, match="(itself|gone).png"):
+            dataset[i]
+
+
+def test_a_folder_that_only_root_may_list(tmp_path, monkeypatch):
+    root, listed = write_images(tmp_path / "disk", 12, splits=("",)), os.scandir
+    for name in ("lost+found", "a"):
+        (root / name).mkdir(exist_ok=True)
+
+        def scandir(folder):
+            if os.path.basename(folder) == name:
+                raise PermissionError(13, "Permission denied")
+            return listed(folder)
+        monkeypatch.setattr(data.os, "scandir", scandir)
+        if name == "a":
+            with pytest.raises(UserError, match="cannot list .*/a .Permission denied"):
+                data.load_dataset(str(root), "train")
+        else:
+            assert len(data.load_dataset(str(root), "train")) == 12
+
+
 def test_stl10s_transposed_arrays_are_read(monkeypatch):
     pictures = np.arange(2 * 3 * 96 * 96, dtype=np.uint8).reshape(2, 3, 96, 96)
 
@@ -226,7 +263,9 @@ def odd_files(folder):
     picture.convert("P").save(folder / "palette.png")
     picture.convert("RGBA").save(folder / "alpha.png")
     picture.convert("1").save(folder / "bits.png")
-    Image.fromarray((np.arange(1600, dtype=np.uint16) * 40).reshape(40, 40)).save(folder / "sixteen.png")
+    sixteen = (np.arange(1600, dtype=np.uint16) * 40).reshape(40, 40)
+    Image.fromarray(sixteen).save(folder / "sixteen.png")
+    (folder / "sixteen.pgm").write_bytes(b"P5 40 40 65535\n" + sixteen.astype(">u2").tobytes())
     picture.save(folder / "upper.JPEG")
     picture.save(folder / "a.bmp"), picture.save(folder / "a.webp"), picture.save(folder / "a.tiff"), picture.save(folder / "a.gif")
     turned = Image.Exif()
@@ -237,7 +276,7 @@ def odd_files(folder):
 
 def test_unusual_files_decode_as_pillow_does(tmp_path):
     dataset = data.load_dataset(str(odd_files(tmp_path / "odd")), "train")
-    assert len(dataset) == 12
+    assert len(dataset) == 13
     for i in range(len(dataset)):
         with Image.open(dataset.path(i)) as file:
             if "sixteen" in dataset.path(i):     # not clipped at 255
@@ -246,6 +285,17 @@ def test_unusual_files_decode_as_pillow_does(tmp_path):
         image = dataset[i][0]
         assert image.dtype == torch.uint8 and image.shape == expected.shape, dataset.path(i)
         assert (image.int() - expected.int()).abs().float().mean() < 2, dataset.path(i)
+
+
+def test_twelve_bits_are_not_taken_for_sixteen(tmp_path):
+    values = np.arange(0, 4096, 16).reshape(16, 16)
+    pairs = values.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: len(packed)}
+    head = b"II*\0" + struct.pack("<I", 8 + len(packed))
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    (tmp_path / "twelve.tif").write_bytes(head + packed + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0))
+    assert np.array_equal(data.read_image(str(tmp_path / "twelve.tif"))[0].numpy(), values >> 4)
 
 
 def test_numbers_of_unknown_range_are_refused(tmp_path):
@@ -274,7 +324,7 @@ def test_bad_datasets_are_named(tmp_path):
             data.load_dataset(str(tmp_path / name), "train")
     write_images(tmp_path / "split", 12)
     (tmp_path / "split" / "val" / "a").rename(tmp_path / "split" / "val" / "z")
-    with pytest.raises(UserError, match="'z'"):
+    with pytest.raises(UserError, match="'z' with images.*move that one away"):
         data.load_dataset(str(tmp_path / "split"), "val")
 
 
@@ -290,7 +340,7 @@ def test_data_py_lists_what_it_found_and_names_broken_files(tmp_path):
     folder = odd_files(tmp_path / "odd")
     result = run_script("data.py", folder, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "12 images" in result.stdout and "cannot be read: 0" in result.stdout and "JPEG CMYK: 1" in result.stdout
+    assert "13 images" in result.stdout and "cannot be read: 0" in result.stdout and "JPEG CMYK: 1" in result.stdout
     with Image.open(tmp_path / "view_pairs.png") as picture:
         assert min(picture.size) > 64
     (folder / "broken.jpg").write_bytes(b"no image")

@@ -37,7 +37,21 @@ FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")      # torchvision's 10
 GRID = [(lr, decay) for lr in (0.3, 1.0, 3.0, 10.0, 30.0) for decay in (0.0, 1e-6, 1e-5, 1e-4)]
 
 
-# ---------------------------------------------------------------------- weights and datasets
+# ---------------------------------------------------------------------- device, weights and datasets
+
+def own_device():
+    """The GPU of this process, one for each on a machine, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        error = UserError(f"process {local_rank} of this machine has no GPU of its own, there are {gpus}: "
+                          f"pass --nproc_per_node={gpus} to torchrun")
+        error.from_one_process = local_rank == gpus      # more of them have nothing to add
+        raise error
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
 
 def load_file(path):
     """A checkpoint as plain tensors, numbers and strings; anything else is named and not loaded (weights_only)."""
@@ -294,10 +308,12 @@ def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size
 
 # ---------------------------------------------------------------------- representation space
 
+COLLAPSED = 1e-12      # mean squared distance of unit rows, below which they differ by rounding alone
+
 def pair_distances(x):
-    """Sum of |x_i - x_j|^2 over all ordered pairs of rows of x (N, F): 2 N sum |x|^2 - 2 |sum x|^2, in float64."""
+    """Sum of |x_i - x_j|^2 over all ordered pairs of rows of x (N, F): 2 N sum |x - mean|^2, in float64."""
     x = x.double()
-    return 2 * len(x) * x.square().sum() - 2 * x.sum(0).square().sum()
+    return 2 * len(x) * (x - x.mean(0)).square().sum()
 
 
 @torch.no_grad()
@@ -306,7 +322,7 @@ def representation_space(original, view1, view2, labels):
 
     All pairs, where the paper's code samples three batches of 128 for uniformity. Of them inter-class distance,
     over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats, without those that are
-    undefined (no class of two images, a complete collapse).
+    undefined (no class of two images, a complete collapse: distances of rounding errors alone).
     """
     original, view1, view2 = (unit(x.float()) for x in (original, view1, view2))
     n = len(original)
@@ -327,11 +343,13 @@ def representation_space(original, view1, view2, labels):
         intra = (within / pairs)[pairs > 0].mean()
         inter = (pair_distances(x) - within.sum()) / (n * (n - 1) - pairs.sum())
         out |= {"uniformity" + suffix: math.log((total - n) / (n * (n - 1))),      # the n pairs i = i added exp(0) each
-                "intra_class" + suffix: intra.item(), "inter_class" + suffix: inter.item(),
-                "over_clustering" + suffix: (intra / inter).item()}
-    singular = torch.linalg.svdvals((original - original.mean(0)).double())
-    out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
-    return {name: value for name, value in out.items() if not math.isnan(value)}
+                "intra_class" + suffix: intra.item(), "inter_class" + suffix: inter.item()}
+        if inter > COLLAPSED:
+            out["over_clustering" + suffix] = (intra / inter).item()
+    if pair_distances(original) > COLLAPSED * n * n:
+        singular = torch.linalg.svdvals((original - original.mean(0)).double())
+        out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
+    return {name: value for name, value in out.items() if math.isfinite(value)}
 
 
 # ---------------------------------------------------------------------- pictures
@@ -503,7 +521,7 @@ def read_job(flags, run):
     try:
         c = job.settings = json.loads((run / "args.json").read_text())
         job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
-        job.small_images, job.pretrained_on = c["image_size"] <= data.SMALL, c["dataset"]
+        job.small_images = c["image_size"] <= data.SMALL
         job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
     except OSError:
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as runs/...") from None
@@ -539,7 +557,7 @@ def run_job(job):
                    "seconds": time.perf_counter() - started}
         # What is measured of other data, the key encoder or another size lies beside the run's own report.
         c = job.settings
-        other = [splits.train.name] if job.data != c["data"] and splits.train.fingerprint != job.pretrained_on else []
+        other = [splits.train.name] if Path(job.data).resolve() != Path(c["data"]).resolve() else []
         other += ["key"] if job.encoder == "key" else []
         other += [f"{job.image_size}px"] if job.image_size != c["image_size"] else []
         job.written = ["-".join([kind, *other]) + suffix
@@ -576,13 +594,7 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     torch.set_flush_denormal(True)
     flags.rank = int(os.environ.get("RANK", 0))
-    flags.device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"process {local_rank} has no GPU of its own: pass --nproc_per_node={gpus} to torchrun")
-        flags.device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(flags.device)
+    flags.device = own_device()
     for name, value, least in (("epochs", flags.epochs, 1), ("per-class", flags.per_class, 2),
                                ("image-size", flags.image_size, 8), ("workers", flags.workers, 0)):
         if value is not None and value < least:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import UserError
-from lineval import knn_accuracy, extract_features, labelled_splits, load_file, load_weights
+from lineval import extract_features, knn_accuracy, labelled_splits, load_file, load_weights, own_device
 from loss import WEIGHTINGS, soft_info_nce
 from models import ARCHS, Encoder
 
@@ -552,14 +552,8 @@ def resume(s):
 def start_processes():
     """Join torchrun's processes, if any -> p: rank, world, local_rank, device, amp_dtype."""
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU of its own, there are "
-                            f"{torch.cuda.device_count()}: pass --nproc_per_node={torch.cuda.device_count()} to torchrun")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = own_device()
     if world > 1:
         # torchrun keeps one store through its restarts: without a prefix, processes would find the addresses of dead ones.
         store, _, _ = next(dist.rendezvous("env://", rank, world))

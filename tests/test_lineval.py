@@ -131,8 +131,13 @@ def test_what_is_undefined_is_left_out():
     x = cloud(20)[0]
     alone = lineval.representation_space(x, x, x, torch.arange(20))              # no class has two images
     assert {"inter_class", "uniformity"} <= alone.keys() and not {"intra_class", "over_clustering"} & alone.keys()
-    same = lineval.representation_space(*[torch.zeros_like(x)] * 3, torch.arange(20) % 2)
-    assert same["intra_class"] == same["inter_class"] == 0 and "over_clustering" not in same
+    # One row again and again, of all lengths: a network that has collapsed, whose distances are rounding.
+    for row in (torch.zeros(1, 300), torch.randn(1, 300, generator=torch.Generator().manual_seed(0))):
+        x = row * torch.linspace(1, 3, 20)[:, None]
+        same = lineval.representation_space(x, x, x, torch.arange(20) % 2)
+        assert 0 <= same["intra_class"] < 1e-12 and 0 <= same["inter_class"] < 1e-12
+        assert not {"over_clustering", "over_clustering_views", "effective_rank"} & same.keys()
+        lineval.print_reports({"collapsed": {"space": {"train": same, "val": same}}})
 
 
 def test_effective_rank_counts_directions():
@@ -268,6 +273,32 @@ def test_runs_side_by_side_other_data_and_the_key_encoder(finished, tmp_path, ca
     assert before.items() <= {f.name: f.read_bytes() for f in run.iterdir()}.items()      # the run's own report stays
     assert json.loads((run / "lineval-other-key.json").read_text())["pretrained"]["linear_top1"] > 0
     assert (run / "neighbors-other-key.png").exists() and (run / "map-other-key.png").exists()
+
+
+def test_another_copy_of_the_images_is_other_data(finished, images, tmp_path):
+    """Fingerprints are of names alone, so a folder of smaller copies, or with another val, has the run's own."""
+    run = shutil.copytree(next((finished[0] / "runs").iterdir()), tmp_path / "run")
+    copy = shutil.copytree(images, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(images, target_is_directory=True)
+    before = (run / "lineval.json").read_bytes()
+    options = ["--per-class", "5", "--workers", "0"]
+    lineval.main([str(run), "--data", str(copy), *options])
+    assert (run / "lineval.json").read_bytes() == before and (run / "lineval-copy.json").exists()
+    lineval.main([str(run), "--data", str(tmp_path / "link"), *options])
+    assert (run / "lineval.json").read_bytes() != before
+
+
+def test_a_process_without_a_gpu_says_how_many_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, printed in (2, True), (3, False):
+        monkeypatch.setenv("LOCAL_RANK", str(rank)), monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit):
+            try:
+                lineval.own_device()
+            except data.UserError as error:
+                data.exit_with(error)
+        assert ("process 2" in (line := capsys.readouterr().err) and "--nproc_per_node=2" in line) == printed, line
 
 
 def test_bare_weights_of_torchvision(images, tmp_path, capsys):

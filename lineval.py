@@ -98,7 +98,7 @@ def labelled_splits(name, seed=0, train=None):
     if classes < 2 or len(val.labels[val_rows].unique()) < 2:
         what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"
         raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: "
-                        f"evaluation needs at least 2 classes in each, a folder a class; pass another --data")
+                        f"evaluation needs at least 2 classes in each, a folder a class")
     return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes,
                            note=note)
 

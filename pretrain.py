@@ -13,6 +13,7 @@ import copy
 import csv
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -85,6 +86,8 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
 # Between the parts of one resumed run:
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
 DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
+# What a run's folder may hold, lineval.py's files too: a new start there removes it.
+WRITTEN = ("last.pt", "log.csv", "backbone.*", "lineval*.json", "neighbors*.png", "map*.png", "soft_positives.png")
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -615,17 +618,37 @@ def build(c, p, dataset, flags):
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
         raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
                         f"machines share")
-    # The workers keep two batches each, ready before the first step ends: these tell nothing of the loader's speed.
+    # The workers keep two batches each, ready before the first step ends.
     s.timed_from = s.step + max(DRY_STEPS[0], 2 * c["workers"] + 1)
     s.last_step = s.timed_from + max(DRY_STEPS[1], 2 * c["workers"]) if s.dry_run else s.total_steps
     s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
     two_views = data.TwoViews(dataset, c["image_size"], c["seed"], min_scale=c["min_scale"], jitter=c["jitter"],
                               jitter_p=c["jitter_p"], gray_p=c["gray_p"], blur_p=c["blur_p"])
-    epochs = s.last_step // per_epoch + 1 if s.dry_run else c["epochs"]
+    epochs = 3 * s.last_step // per_epoch + 1 if s.dry_run else c["epochs"]     # enough for `measured`, too
     steps = data.schedule(len(dataset), c["batch_size"], epochs, c["seed"], first_step=s.step, rank=p.rank, world=p.world)
     s.loader = DataLoader(two_views, batch_sampler=steps, collate_fn=data.collate, num_workers=c["workers"],
                           worker_init_fn=data.outlive_signals, pin_memory=p.device.type == "cuda")
     return s, two_views
+
+
+def measured(s):
+    """What a dry run tells. The slower of training and loader counts: of batches that lay ready, steps are too fast."""
+    images = s.clock.steps * s.c["batch_size"]
+    rate = training = images / (time.perf_counter() - s.clock.started)
+    if s.c["workers"]:
+        batches = itertools.islice(s.loader, s.last_step - s.step)
+        for _ in range(s.timed_from - s.step):
+            next(batches)
+        started = time.perf_counter()
+        loaded = sum(1 for _ in batches) * s.c["batch_size"] / (time.perf_counter() - started)
+        rate = min(training, loaded)
+    memory = (torch.cuda.max_memory_allocated() if s.p.device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    hours = s.total_steps * s.c["batch_size"] / rate / 3600
+    return (f"dry run of {s.clock.steps} steps: {training:.0f} images/s"
+            + (f", the loader alone {loaded:.0f}" if s.c["workers"] else "")
+            + f", peak memory {memory / 2 ** 30:.1f} GiB a process; the whole run of {s.total_steps} steps would take "
+            f"{hours:.2f} hours without its kNN. Nothing was written.")
 
 
 def main(argv=None):
@@ -665,20 +688,16 @@ def main(argv=None):
     elif not s.dry_run and p.rank == 0:
         with data.writing(s.run):
             s.run.mkdir(parents=True, exist_ok=True)
-            for old in ("last.pt", "log.csv", "lineval.json", "backbone.pt", "backbone.json"):
-                (s.run / old).unlink(missing_ok=True)
+            if (s.run / "args.json").exists():     # a folder of ours
+                for old in itertools.chain.from_iterable(map(s.run.glob, WRITTEN)):
+                    old.unlink()
             write(s.run / "args.json", as_json(c))
             data.draw_view_pairs(two_views, s.run / "views.png")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: STOP.update(signal=received))
     stopped = train(s)
     if s.dry_run:
-        rate = s.clock.steps * c["batch_size"] / (time.perf_counter() - s.clock.started)
-        memory = (torch.cuda.max_memory_allocated() if p.device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        hours = s.total_steps * c["batch_size"] / rate / 3600
-        say(f"dry run of {s.clock.steps} steps: {rate:.0f} images/s, peak memory {memory / 2 ** 30:.1f} GiB a process; "
-            f"the whole run of {s.total_steps} steps would take {hours:.2f} hours without its kNN. Nothing was written.")
+        say("dry run stopped" if stopped else measured(s))
     elif stopped:
         say(f"stopped by {signal.Signals(stopped).name}: saved {s.run / 'last.pt'}; the same command continues", flush=True)
     else:

@@ -292,6 +292,12 @@ def whole(*flags):
     """images/s of pretrain.py's dry run, and of the same steps as [Light]'s code has them: PIL and torchvision views in
     the workers, float32, contiguous, dense targets, a Python loop for the momentum update; no shuffled slices."""
     ran, train = {}, pretrain.train
+    given = pretrain.read_flags(flags)
+    if given.recipe != "light":
+        sys.exit(f"whole sets [Light]'s step beside ours: leave out --recipe {given.recipe}")
+    workers = pretrain.default_workers() if given.workers is None else given.workers
+    # Until the batches that lay ready are used up, also of a loader that is only a little slower than the step:
+    pretrain.DRY_STEPS = max(3, 6 * workers + 1), max(10, 2 * workers)
 
     def timed(s):
         stopped = train(s)

@@ -2,7 +2,9 @@
 import csv
 import json
 import math
+import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -147,6 +149,45 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers, 
     output = capsys.readouterr().out
     assert stopped.value.code == 0 and all(w in output for w in (f"of {steps} steps", "images/s", "GiB", "hours"))
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkeypatch):
+    """Steps that find their batches ready look faster than the run will be."""
+    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
+    whole = data.TwoViews.__getitems__
+    monkeypatch.setattr(data.TwoViews, "__getitems__", lambda views, items: (time.sleep(0.2), whole(views, items))[1])
+
+    def train(s):     # a thousand steps in a second
+        s.clock.steps, s.clock.started = 1000, time.perf_counter() - 1
+        return 0
+    monkeypatch.setattr(pretrain, "train", train)
+    with pytest.raises(SystemExit):
+        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--epochs", "20000", "--workers", "2"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    loaded, hours = (float(re.search(p, last)[1]) for p in (r"the loader alone (\d+)", r"would take ([\d.]+) hours"))
+    assert 80 < loaded < 165 and hours == pytest.approx(120_000 * 16 / loaded / 3600, rel=0.01), last     # 160: 2 x 16 / 0.2
+
+
+def test_a_dry_run_can_be_stopped_before_it_has_timed_anything(images, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(pretrain, "agree", lambda p, done, overdue: (pretrain.signal.SIGTERM * (done == 3), False))
+    with pytest.raises(SystemExit) as stopped:
+        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--workers", "0"])
+    assert stopped.value.code == 143 and "dry run stopped" in capsys.readouterr().out
+
+
+def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path)
+    for name in ("lineval.json", "lineval-other.json", "map-other.png", "neighbors.png", "soft_positives.png", "notes.txt"):
+        (folder / name).write_text("old")
+    (strange := tmp_path / "strange").mkdir()
+    (strange / "map.png").write_text("not ours")
+    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(pretrain, "train", lambda s: 0)
+    for where, left in (folder, {"notes.txt"}), (strange, {"map.png"}):
+        with pytest.raises(SystemExit):
+            pretrain.main(["--data", str(images), "--out", str(where), *TINY, "--restart"])
+        assert {f.name for f in where.iterdir()} == left | {"args.json", "views.png"}
 
 
 @pytest.mark.parametrize("flags, words", [

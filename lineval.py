@@ -53,6 +53,18 @@ def own_device():
     return torch.device("cuda", local_rank)
 
 
+def in_turn(name, load):
+    """load(), the first process of each machine before the others where dataset `name` may have to be downloaded."""
+    waits = dist.is_initialized() and name in data.TORCHVISION
+    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if waits and later:
+        dist.barrier()
+    loaded = load()
+    if waits and not later:
+        dist.barrier()
+    return loaded
+
+
 def load_file(path):
     """A checkpoint as plain tensors, numbers and strings; anything else is named and not loaded (weights_only)."""
     try:
@@ -515,7 +527,8 @@ def read_job(flags, run):
         if not flags.arch:
             raise UserError(f"--weights {flags.weights} needs --arch: one of {', '.join(ARCHS)}")
         job.title, job.data = Path(flags.weights).name, flags.data or "shapes"
-        job.image_size = flags.image_size or data.default_image_size(data.load_dataset(job.data, "train"))
+        job.image_size = flags.image_size or data.default_image_size(
+            in_turn(job.data, lambda: data.load_dataset(job.data, "train")))
         job.small_images = job.image_size <= data.SMALL
         return job
     try:
@@ -536,7 +549,7 @@ def read_job(flags, run):
 def run_job(job):
     """Evaluate a network and its random twin, write, draw -> (random report, report), None but on the first process."""
     started = time.perf_counter()
-    splits = labelled_splits(job.data, job.seed)
+    splits = in_turn(job.data, lambda: labelled_splits(job.data, job.seed))
     torch.manual_seed(job.seed)
     random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last)
                         for _ in range(2))
@@ -599,6 +612,9 @@ def main(argv=None):
                                ("image-size", flags.image_size, 8), ("workers", flags.workers, 0)):
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Days: the first process measures alone while the others wait.
+        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if flags.weights:
         jobs = [read_job(flags, None)]
     else:
@@ -606,9 +622,6 @@ def main(argv=None):
         if not (flags.runs or newest):
             raise UserError("no finished epoch of any run in runs/: start with python pretrain.py, or pass --weights")
         jobs = [read_job(flags, Path(run)) for run in flags.runs or [newest[0].parent]]
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Days: the first process measures alone while the others wait.
-        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     columns = {}
     for job in jobs:
         both = run_job(job)

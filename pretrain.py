@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import UserError
-from lineval import extract_features, knn_accuracy, labelled_splits, load_file, load_weights, own_device
+from lineval import extract_features, in_turn, knn_accuracy, labelled_splits, load_file, load_weights, own_device
 from loss import WEIGHTINGS, soft_info_nce
 from models import ARCHS, Encoder
 
@@ -553,16 +553,15 @@ def resume(s):
 # ---------------------------------------------------------------------- start to end
 
 def start_processes():
-    """Join torchrun's processes, if any -> p: rank, world, local_rank, device, amp_dtype."""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join torchrun's processes, if any -> p: rank, world, device, amp_dtype."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     device = own_device()
     if world > 1:
         # torchrun keeps one store through its restarts: without a prefix, processes would find the addresses of dead ones.
         store, _, _ = next(dist.rendezvous("env://", rank, world))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return SimpleNamespace(rank=rank, world=world, local_rank=local_rank, device=device, amp_dtype=None)
+    return SimpleNamespace(rank=rank, world=world, device=device, amp_dtype=None)
 
 
 def keep_freed_memory():
@@ -658,12 +657,7 @@ def main(argv=None):
     if p.device.type == "cpu":
         keep_freed_memory()
     say = print if p.rank == 0 else lambda *_, **__: None
-    others_wait = p.world > 1 and flags.data in data.TORCHVISION      # while the first process of a machine downloads
-    if others_wait and p.local_rank:
-        dist.barrier()
-    dataset = data.load_dataset(flags.data, "train")
-    if others_wait and not p.local_rank:
-        dist.barrier()
+    dataset = in_turn(flags.data, lambda: data.load_dataset(flags.data, "train"))
     with torch.device("meta"):
         feature_dim = ARCHS[flags.arch]().feature_dim
     c, origin = resolve(flags, dataset, feature_dim)

@@ -288,6 +288,16 @@ def test_another_copy_of_the_images_is_other_data(finished, images, tmp_path):
     assert (run / "lineval.json").read_bytes() != before
 
 
+def test_one_process_downloads_while_the_others_wait(monkeypatch):
+    done = []
+    monkeypatch.setattr(lineval.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(lineval.dist, "barrier", lambda: done.append("wait"))
+    for rank, name in ((0, "cifar10"), (1, "cifar10"), (1, "my photos")):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert lineval.in_turn(name, lambda: done.append("load") or rank) == rank
+    assert done == ["load", "wait", "wait", "load", "load"]
+
+
 def test_a_process_without_a_gpu_says_how_many_there_are(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

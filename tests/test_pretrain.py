@@ -87,6 +87,7 @@ def test_every_setting_is_resolved_with_its_origin(images):
     assert c["temperature"] == 0.3 and origin["temperature"] == "command line" and c["jitter"] == [1, 1, 1, 0.2]
     assert c["queue_size"] == 64 and origin["queue_size"].startswith("scale of")
     assert c["gray_p"] == 0.5 and origin["gray_p"] == "recipe small"
+    assert c["lr"] == 0.03 and origin["lr"].startswith("scale of")
     assert c["hidden_dim"] == 1024 and c["blur_p"] == 0 and c["image_size"] == 32
     assert set(origin) == set(c) and origin["data"] == "command line" and origin["workers"] == "default"
 
@@ -236,7 +237,7 @@ def copy_of(run, tmp_path):
 def test_other_settings_against_a_run_are_listed(run, images, tmp_path, capsys):
     folder = copy_of(run, tmp_path)
     line = error_of(pretrain.main, ["--data", images, "--out", folder, *TINY, "--lr", "0.5", "--temperature", "0.3"], capsys)
-    assert all(w in line for w in ("lr was 0.12, now 0.5", "temperature was 0.1, now 0.3", "--restart")), line
+    assert all(w in line for w in ("lr was 0.03, now 0.5", "temperature was 0.1, now 0.3", "--restart")), line
 
 
 def test_weights_without_their_checkpoint_are_not_written_over(run, images, tmp_path, capsys):

@@ -636,11 +636,12 @@ def measured(s):
     images = s.clock.steps * s.c["batch_size"]
     rate = training = images / (time.perf_counter() - s.clock.started)
     if s.c["workers"]:
-        batches = itertools.islice(s.loader, s.last_step - s.step)
-        for _ in range(s.timed_from - s.step):
-            next(batches)
-        started = time.perf_counter()
-        loaded = sum(1 for _ in batches) * s.c["batch_size"] / (time.perf_counter() - started)
+        batches = iter(s.loader)
+        for step in range(s.last_step):
+            if step == s.timed_from:
+                started = time.perf_counter()
+            next_batch(s, batches, step)
+        loaded = (s.last_step - s.timed_from) * s.c["batch_size"] / (time.perf_counter() - started)
         rate = min(training, loaded)
     memory = (torch.cuda.max_memory_allocated() if s.p.device.type == "cuda"
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -688,11 +689,11 @@ def main(argv=None):
                     old.unlink()
             write(s.run / "args.json", as_json(c))
             data.draw_view_pairs(two_views, s.run / "views.png")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: STOP.update(signal=received))
+    for number in (signal.SIGINT, signal.SIGTERM):     # a dry run has nothing to save
+        signal.signal(number, signal.SIG_DFL if s.dry_run else lambda received, _: STOP.update(signal=received))
     stopped = train(s)
     if s.dry_run:
-        say("dry run stopped" if stopped else measured(s))
+        say(measured(s))
     elif stopped:
         say(f"stopped by {signal.Signals(stopped).name}: saved {s.run / 'last.pt'}; the same command continues", flush=True)
     else:

@@ -4,6 +4,9 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 import data
 import pretrain
-from conftest import TINY, error_of, one_line_error, run_script, torchrun, write_images
+from conftest import ROOT, TINY, environment, error_of, one_line_error, run_script, torchrun, write_images
 from models import Encoder
 from pretrain import KeyQueue, ema_update, lr_at, smoothing_at
 
@@ -169,12 +172,13 @@ def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkey
     assert 80 < loaded < 165 and hours == pytest.approx(120_000 * 16 / loaded / 3600, rel=0.01), last     # 160: 2 x 16 / 0.2
 
 
-def test_a_dry_run_can_be_stopped_before_it_has_timed_anything(images, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(pretrain, "agree", lambda p, done, overdue: (pretrain.signal.SIGTERM * (done == 3), False))
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--workers", "0"])
-    assert stopped.value.code == 143 and "dry run stopped" in capsys.readouterr().out
+def test_a_dry_run_stops_at_once(images, tmp_path):
+    command = [sys.executable, "-u", ROOT / "pretrain.py", "--data", images, "--dry-run", *TINY, "--workers", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while " step 2/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT and process.stderr.read() == ""
 
 
 def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ TABLE = {
 # `small` is not that paper's row; with it, it is not free of a teacher.
 
 # Smaller datasets: fewer images a batch, a queue well below the dataset, a faster key encoder, more epochs. Ours, but for
-# 200,000: MoCo's CIFAR-10 notebook. lr changes `light` alone, and is what held-out images chose at 20,000 (README, Results).
+# 200,000: MoCo's CIFAR-10 notebook. lr changes `light` alone: held-out images chose it, in the third row (README, Results).
 # Applied over the recipe and under the command line.
 SCALES = {
     500:     dict(batch_size=32, queue_size=64, key_momentum=0.99, lr=0.03, epochs=400),
@@ -88,7 +88,8 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
 DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
 # What a run's folder may hold, lineval.py's files too: a new start there removes it.
-WRITTEN = ("last.pt", "log.csv", "backbone.*", "lineval*.json", "neighbors*.png", "map*.png", "soft_positives.png")
+WRITTEN = ("last.pt", "log.csv", "backbone.pt", "backbone.json", "lineval.json", "lineval-*.json", "neighbors.png",
+           "neighbors-*.png", "map.png", "map-*.png", "soft_positives.png")
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -684,7 +685,7 @@ def main(argv=None):
     elif not s.dry_run and p.rank == 0:
         with data.writing(s.run):
             s.run.mkdir(parents=True, exist_ok=True)
-            if (s.run / "args.json").exists():     # a folder of ours
+            if (s.run / "args.json").exists() or (s.run / "last.pt").exists():     # a folder of ours
                 for old in itertools.chain.from_iterable(map(s.run.glob, WRITTEN)):
                     old.unlink()
             write(s.run / "args.json", as_json(c))

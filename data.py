@@ -149,7 +149,7 @@ def load_dataset(name_or_path, split):
         return draw_shapes(*((SHAPES_TRAIN, 1) if split == "train" else (SHAPES_VAL, 2)))
     if name in TORCHVISION:
         return load_torchvision(name, split)
-    root = Path(name)
+    root = Path(os.path.realpath(name))
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise UserError(f"--data {name} {what}: pass a folder of images or one of shapes, {', '.join(TORCHVISION)}")
@@ -169,13 +169,14 @@ def load_dataset(name_or_path, split):
                         f"the class folders of both splits alike, or move that one away")
     numbers = {c: i for i, c in enumerate(classes)}
     labels = torch.tensor([-1 if c is None else numbers[c] for c in found])
-    return Files(root.resolve().name or "root", str(folder), paths, labels, classes)
+    return Files(root.name or "root", str(folder), paths, labels, classes)
 
 
 def list_folder(folder):
     """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in.
 
-    A link that leads nowhere counts as a file, so that `read_image` names it.
+    A link that leads nowhere counts as an image if it is named like one, so that `read_image` names it; of any other nobody
+    knows whether a folder of images is missing there, so it raises UserError.
     """
     try:      # lost+found: only root may list it, in the top folder of many disks
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.name != "lost+found"]
@@ -195,6 +196,8 @@ def list_folder(folder):
                 folders.append(entry.path)
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             files.append(entry.path)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(f"cannot follow the link {entry.path}: mount its disk, allow it, or remove the link")
     return folders, files
 
 
@@ -210,7 +213,7 @@ def has_val(name):
     """The folder of a dataset folder's val split, True for a dataset known by name, None where there is none."""
     if name == "shapes" or name in TORCHVISION:
         return True
-    root = Path(name)
+    root = Path(os.path.realpath(name))
     return next((root / v for v in ("val", "test") if (root / "train").is_dir() and (root / v).is_dir()), None)
 
 

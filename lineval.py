@@ -59,10 +59,16 @@ def in_turn(name, load):
     later = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if waits and later:
         dist.barrier()
-    loaded = load()
-    if waits and not later:
-        dist.barrier()
-    return loaded
+    try:
+        return load()
+    finally:     # also where it failed: then the others fail alike, instead of waiting for a process that left
+        if waits and not later:
+            dist.barrier()
+
+
+def place(name):
+    """A dataset's name, or its folder's one path from the root."""
+    return name if name == "shapes" or name in data.TORCHVISION else os.path.realpath(name)
 
 
 def load_file(path):
@@ -534,11 +540,11 @@ def read_job(flags, run):
     try:
         c = job.settings = json.loads((run / "args.json").read_text())
         job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
-        job.small_images = c["image_size"] <= data.SMALL
+        job.small_images, job.pretrained_on = c["image_size"] <= data.SMALL, (place(c["data"]), c["dataset"])
         job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
     except OSError:
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as runs/...") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}/args.json is damaged ({error}): restore it or pretrain again with --restart") from None
     if flags.arch not in (None, job.arch):
         raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
@@ -546,10 +552,27 @@ def read_job(flags, run):
     return job
 
 
+def report_paths(job, train):
+    """Where report and pictures go: what is of other data, the key encoder or another size beside the run's own."""
+    other = [train.name] if (place(job.data), train.fingerprint) != job.pretrained_on else []
+    other += ["key"] if job.encoder == "key" else []
+    other += [f"{job.image_size}px"] if job.image_size != job.settings["image_size"] else []
+    paths = [job.run / ("-".join([kind, *other]) + suffix)
+             for kind, suffix in (("lineval", ".json"), ("neighbors", ".png"), ("map", ".png"))]
+    try:
+        before = json.loads(paths[0].read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return paths
+    if other and before != place(job.data):
+        raise UserError(f"{paths[0]} is of {before}, another folder of that name: move it away first")
+    return paths
+
+
 def run_job(job):
     """Evaluate a network and its random twin, write, draw -> (random report, report), None but on the first process."""
     started = time.perf_counter()
     splits = in_turn(job.data, lambda: labelled_splits(job.data, job.seed))
+    report_json, neighbors_png, map_png = paths = report_paths(job, splits.train) if job.run else (None, None, None)
     torch.manual_seed(job.seed)
     random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last)
                         for _ in range(2))
@@ -564,25 +587,18 @@ def run_job(job):
     if job.rank:
         return None
     if job.run:
-        content = {"run": job.title, "data": job.data, "encoder": job.encoder, "image_size": job.image_size,
+        content = {"run": job.title, "data": place(job.data), "encoder": job.encoder, "image_size": job.image_size,
                    "note": splits.note, "train_images": len(splits.train_rows), "val_images": len(splits.val_rows),
                    "seed": job.seed, "pretrained": report, "random": random_report,
                    "seconds": time.perf_counter() - started}
-        # What is measured of other data, the key encoder or another size lies beside the run's own report.
-        c = job.settings
-        other = [splits.train.name] if Path(job.data).resolve() != Path(c["data"]).resolve() else []
-        other += ["key"] if job.encoder == "key" else []
-        other += [f"{job.image_size}px"] if job.image_size != c["image_size"] else []
-        job.written = ["-".join([kind, *other]) + suffix
-                       for kind, suffix in (("lineval", ".json"), ("neighbors", ".png"), ("map", ".png"))]
-        report_json, neighbors_png, map_png = (job.run / name for name in job.written)
+        job.written = [path.name for path in paths]
         with data.writing(job.run):
             report_json.write_text(json.dumps(content, indent=1) + "\n")
             draw_neighbors(neighbors_png, splits, train_x, val_x, job.seed, job.device)
             draw_map(map_png, [("random weights", random_x), ("pretrained", val_x)],
                      splits.val.labels[splits.val_rows], splits.names)
             try:
-                draw_soft_positives(job.run / "soft_positives.png", job.run, c, splits.train, job.seed)
+                draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, splits.train, job.seed)
                 job.written.append("soft_positives.png")
             except UserError as error:      # no last.pt, or other images: the report does not need them
                 print(f"no soft_positives.png: {error}")

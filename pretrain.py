@@ -13,7 +13,6 @@ import copy
 import csv
 import ctypes
 import io
-import itertools
 import json
 import math
 import os
@@ -87,9 +86,9 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
 # Between the parts of one resumed run:
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
 DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
-# What a run's folder may hold, lineval.py's files too: a new start there removes it.
-WRITTEN = ("last.pt", "log.csv", "backbone.pt", "backbone.json", "lineval.json", "lineval-*.json", "neighbors.png",
-           "neighbors-*.png", "map.png", "map-*.png", "soft_positives.png")
+# What a run's folder may hold, lineval.py's files too. A new start there removes it, args.json, by which we know it, last.
+WRITTEN = ("last.pt", "log.csv", "backbone.pt", "backbone.json", "views.png", "lineval.json", "lineval-*.json",
+           "neighbors.png", "neighbors-*.png", "map.png", "map-*.png", "soft_positives.png", "args.json")
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
 KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
 LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
@@ -139,7 +138,7 @@ def resolve(flags, dataset, feature_dim):
     settings = {name: cells[column] for name, cells in TABLE.items()}
     origin = dict.fromkeys(TABLE, f"recipe {flags.recipe}")
     size = flags.image_size or data.default_image_size(dataset)
-    scale = SHAPES if dataset.name == "shapes" else next((s for n, s in SCALES.items() if len(dataset) <= n), {})
+    scale = SHAPES if flags.data == "shapes" else next((s for n, s in SCALES.items() if len(dataset) <= n), {})
     scale = dict(scale, **({"blur_p": 0.0} if size <= data.SMALL else {}))
     settings.update(scale)
     origin.update(dict.fromkeys(scale, f"scale of {dataset.name}, {len(dataset)} images of {size} px"))
@@ -356,6 +355,7 @@ def train(s):
             saved_at = time.monotonic()
         if stop and done < s.last_step:
             return stop
+    s.clock.stopped = time.perf_counter()      # the end of the workers, which follows, takes a while
     return 0
 
 
@@ -411,7 +411,7 @@ def log(s, step, loss, info, neighbor_index, index, keys, smoothing, lr, knn):
                same_class=same / count if count else "", same_class_chance=s.same_class_chance if count else "",
                smoothing=smoothing, lr=lr, knn_backbone=knn[0] if knn else "", knn_head=knn[1] if knn else "",
                images_per_s=s.clock.steps * c["batch_size"] / elapsed, data_wait=s.clock.waited / elapsed,
-               hours_left=elapsed / s.clock.steps * (s.total_steps - step - 1) / 3600)
+               hours_left=elapsed / s.clock.steps * max(0, s.total_steps - step - 1) / 3600)
     if p.rank:
         return
     random_keys = (step + 1) * c["batch_size"] * (1 + c["symmetric"]) < c["queue_size"]
@@ -526,6 +526,19 @@ def as_csv(rows, header):
     return text.getvalue()
 
 
+def written(run):
+    """The files of an earlier run in the folder `run`; raise UserError if there are such files, but not of this program."""
+    files = [path for pattern in WRITTEN for path in run.glob(pattern) if path.is_file()]
+    try:
+        ours = {"recipe", "dataset"} <= {*json.loads((run / "args.json").read_text())}
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if files and not ours:
+        raise UserError(f"{files[0]} would be written over, and {run} is no run of pretrain.py, whose args.json it lacks: give "
+                        f"another folder with --out, or move the file away")
+    return files
+
+
 def resume(s):
     """Load last.pt into `s` and cut the log to it; raise UserError if it is of other settings."""
     path = s.run / "last.pt"
@@ -610,10 +623,10 @@ def build(c, p, dataset, flags):
         run=Path(flags.out or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
     # Not when torchrun restarts us:
     restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
-    if not (restart or s.dry_run):
-        if (s.run / "last.pt").exists():
+    if not s.dry_run:
+        if (s.run / "last.pt").exists() and not restart:
             resume(s)
-        elif (s.run / "backbone.pt").exists():
+        elif s.run / "backbone.pt" in written(s.run) and not restart:
             raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with --out, or "
                             f"write over them with --restart")
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
@@ -635,7 +648,7 @@ def build(c, p, dataset, flags):
 def measured(s):
     """What a dry run tells. The slower of training and loader counts: of batches that lay ready, steps are too fast."""
     images = s.clock.steps * s.c["batch_size"]
-    rate = training = images / (time.perf_counter() - s.clock.started)
+    rate = training = images / (s.clock.stopped - s.clock.started)
     if s.c["workers"]:
         batches = iter(s.loader)
         for step in range(s.last_step):
@@ -685,9 +698,8 @@ def main(argv=None):
     elif not s.dry_run and p.rank == 0:
         with data.writing(s.run):
             s.run.mkdir(parents=True, exist_ok=True)
-            if (s.run / "args.json").exists() or (s.run / "last.pt").exists():     # a folder of ours
-                for old in itertools.chain.from_iterable(map(s.run.glob, WRITTEN)):
-                    old.unlink()
+            for old in written(s.run):
+                old.unlink()
             write(s.run / "args.json", as_json(c))
             data.draw_view_pairs(two_views, s.run / "views.png")
     for number in (signal.SIGINT, signal.SIGTERM):     # a dry run has nothing to save

@@ -301,12 +301,12 @@ def whole(*flags):
 
     def timed(s):
         stopped = train(s)
-        ran.update(c=s.c, ours=s.clock.steps * s.c["batch_size"] / (time.perf_counter() - s.clock.started), steps=s.clock.steps)
+        ran.update(c=s.c, ours=s.clock.steps * s.c["batch_size"] / (s.clock.stopped - s.clock.started), steps=s.clock.steps)
         return stopped
 
     pretrain.train = timed
     try:
-        pretrain.run([*flags, "--dry-run"])
+        pretrain.run([*flags, "--smoothing", "0", "--dry-run"])
     except SystemExit as end:
         if end.code:
             raise
@@ -315,7 +315,7 @@ def whole(*flags):
     key_encoder = copy.deepcopy(encoder)
     queue = F.normalize(torch.randn(c["queue_size"], c["dim"], device=DEVICE), dim=1)
     optimizer = torch.optim.SGD(encoder.parameters(), 0.01, 0.9, weight_decay=1e-4)
-    settings = c["temperature"], 0.0, c["neighbors"]      # smoothing has not begun, nor has it in the dry run
+    settings = c["temperature"], 0.0, c["neighbors"]      # without smoothing, as a run begins
     loader = torch.utils.data.DataLoader(UsualViews(data.load_dataset(c["data"], "train"), c["image_size"]), c["batch_size"], drop_last=True,
                                          num_workers=c["workers"], pin_memory=CUDA)
     first, pointer, step = pretrain.DRY_STEPS[0], 0, 0
@@ -334,9 +334,10 @@ def whole(*flags):
             if step in (first, first + ran["steps"]):
                 print(f"loss {value.item():.3f}")      # waits for the device, too
                 if step > first:
+                    stop = time.perf_counter()
                     break
                 start = time.perf_counter()
-    theirs = ran["steps"] * c["batch_size"] / (time.perf_counter() - start)
+    theirs = ran["steps"] * c["batch_size"] / (stop - start)
     print(f"[Light]'s step: {theirs:.1f} images/s; ours {ran['ours']:.1f}, {ran['ours'] / theirs:.2f} x")
 
 

@@ -208,15 +208,16 @@ def test_what_unpackers_and_viewers_leave_in_folders_changes_nothing(tmp_path):
     assert len(data.load_dataset(str(root), "train")) > 24
 
 
-def test_links_that_lead_nowhere_or_in_circles(tmp_path):
+def test_links_that_lead_nowhere_or_in_circles(tmp_path, monkeypatch):
     root = write_images(tmp_path / "far" / "pictures", 12, splits=("",))
     (tmp_path / "aside").mkdir()
     (tmp_path / "aside" / "round").symlink_to(root / "a", target_is_directory=True)
     (root / "a" / "round").symlink_to(tmp_path / "aside", target_is_directory=True)
-    (root / "itself").symlink_to("itself")
     (tmp_path / "near").symlink_to(root / "a", target_is_directory=True)
     assert len(data.load_dataset(str(root), "train")) == 12
     assert len(data.load_dataset(str(tmp_path / "near" / ".." / ".." / "pictures"), "train")) == 12
+    monkeypatch.chdir(tmp_path / "aside")      # where a path with .. crosses the link's target
+    assert len(data.load_dataset("../far/pictures", "train")) == 12
     (root / "itself.png").symlink_to("itself.png")
     (root / "gone.png").symlink_to("nowhere.png")
     dataset = data.load_dataset(str(root), "train")
@@ -224,6 +225,11 @@ def test_links_that_lead_nowhere_or_in_circles(tmp_path):
     for i in (dataset.labels < 0).nonzero().flatten():
         with pytest.raises(UserError, match="(itself|gone).png"):
             dataset[i]
+    for name in ("itself", "d"):      # a class, whose disk is gone
+        (root / name).symlink_to(name if name == "itself" else "/nowhere/d")
+        with pytest.raises(UserError, match=f"cannot follow the link .*/{name}:"):
+            data.load_dataset(str(root), "train")
+        (root / name).unlink()
 
 
 def test_a_folder_that_only_root_may_list(tmp_path, monkeypatch):

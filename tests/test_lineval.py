@@ -275,7 +275,7 @@ def test_runs_side_by_side_other_data_and_the_key_encoder(finished, tmp_path, ca
     assert (run / "neighbors-other-key.png").exists() and (run / "map-other-key.png").exists()
 
 
-def test_another_copy_of_the_images_is_other_data(finished, images, tmp_path):
+def test_another_copy_of_the_images_is_other_data(finished, images, tmp_path, capsys, monkeypatch):
     """Fingerprints are of names alone, so a folder of smaller copies, or with another val, has the run's own."""
     run = shutil.copytree(next((finished[0] / "runs").iterdir()), tmp_path / "run")
     copy = shutil.copytree(images, tmp_path / "copy")
@@ -286,6 +286,26 @@ def test_another_copy_of_the_images_is_other_data(finished, images, tmp_path):
     assert (run / "lineval.json").read_bytes() == before and (run / "lineval-copy.json").exists()
     lineval.main([str(run), "--data", str(tmp_path / "link"), *options])
     assert (run / "lineval.json").read_bytes() != before
+    namesake = shutil.copytree(images, tmp_path / "elsewhere" / "copy")
+    line = error_of(lineval.main, [str(run), "--data", str(namesake), *options], capsys)
+    assert "lineval-copy.json" in line and str(copy) in line
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").symlink_to(images, target_is_directory=True)      # the folder, not the demo
+    splits = lineval.labelled_splits("./shapes")
+    job = SimpleNamespace(run=run, data="./shapes", encoder="query", image_size=32, settings={"image_size": 32},
+                          pretrained_on=("shapes", splits.train.fingerprint))
+    assert lineval.report_paths(job, splits.train)[0] == run / f"lineval-{images.name}.json"
+    job.pretrained_on = (str(images), "fewer images")
+    assert lineval.report_paths(job, splits.train)[0] == run / f"lineval-{images.name}.json"
+
+
+def test_settings_without_a_dataset_are_named(finished, tmp_path, capsys):
+    run = shutil.copytree(next((finished[0] / "runs").iterdir()), tmp_path / "run")
+    before = (run / "lineval.json").read_bytes()
+    for content in json.dumps({k: v for k, v in json.loads((run / "args.json").read_text()).items() if k != "dataset"}), "[1]":
+        (run / "args.json").write_text(content)
+        assert "args.json is damaged" in error_of(lineval.main, [str(run)], capsys)
+    assert (run / "lineval.json").read_bytes() == before
 
 
 def test_one_process_downloads_while_the_others_wait(monkeypatch):
@@ -296,6 +316,10 @@ def test_one_process_downloads_while_the_others_wait(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert lineval.in_turn(name, lambda: done.append("load") or rank) == rank
     assert done == ["load", "wait", "wait", "load", "load"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ZeroDivisionError):      # the others go on, and fail alike
+        lineval.in_turn("cifar10", lambda: 1 / 0)
+    assert done[5:] == ["wait"]
 
 
 def test_a_process_without_a_gpu_says_how_many_there_are(monkeypatch, capsys):

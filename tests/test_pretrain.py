@@ -162,7 +162,7 @@ def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkey
     monkeypatch.setattr(data.TwoViews, "__getitems__", lambda views, items: (time.sleep(0.2), whole(views, items))[1])
 
     def train(s):     # a thousand steps in a second
-        s.clock.steps, s.clock.started = 1000, time.perf_counter() - 1
+        s.clock.steps, s.clock.started, s.clock.stopped = 1000, 0, 1
         return 0
     monkeypatch.setattr(pretrain, "train", train)
     with pytest.raises(SystemExit):
@@ -185,14 +185,30 @@ def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path, 
     folder = copy_of(run, tmp_path)
     for name in ("lineval.json", "lineval-other.json", "map-other.png", "neighbors.png", "soft_positives.png", "notes.txt"):
         (folder / name).write_text("old")
-    (strange := tmp_path / "strange").mkdir()
-    (strange / "map.png").write_text("not ours")
+    (folder / "map.png").mkdir()
     monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
     monkeypatch.setattr(pretrain, "train", lambda s: 0)
-    for where, left in (folder, {"notes.txt"}), (strange, {"map.png"}):
-        with pytest.raises(SystemExit):
-            pretrain.main(["--data", str(images), "--out", str(where), *TINY, "--restart"])
-        assert {f.name for f in where.iterdir()} == left | {"args.json", "views.png"}
+    with pytest.raises(SystemExit):
+        pretrain.main(["--data", str(images), "--out", str(folder), *TINY, "--restart"])
+    assert {f.name for f in folder.iterdir()} == {"notes.txt", "map.png", "args.json", "views.png"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--restart"]])
+@pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}, {"args.json": '{"recipe": "soup"}'}, {"views.png": "", "args.json": "7"}])
+def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, capsys):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    line = error_of(pretrain.main, ["--data", images, "--out", tmp_path, *TINY, *flags], capsys)
+    assert min(files) in line or max(files) in line and "--out" in line
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == files
+
+
+def test_a_folder_called_shapes_is_not_the_demo(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").symlink_to(images, target_is_directory=True)
+    for name, temperature in ("shapes", 0.2), ("./shapes", 0.1):
+        settings, _ = pretrain.resolve(pretrain.read_flags(["--data", name]), data.load_dataset(name, "train"), 576)
+        assert settings["temperature"] == temperature
 
 
 @pytest.mark.parametrize("flags, words", [

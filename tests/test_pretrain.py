@@ -199,13 +199,13 @@ def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, c
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     line = error_of(pretrain.main, ["--data", images, "--out", tmp_path, *TINY, *flags], capsys)
-    assert min(files) in line or max(files) in line and "--out" in line
+    assert any(name in line for name in files) and "--out" in line
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == files
 
 
 def test_a_folder_called_shapes_is_not_the_demo(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "shapes").symlink_to(images, target_is_directory=True)
+    shutil.copytree(images, tmp_path / "shapes")
     for name, temperature in ("shapes", 0.2), ("./shapes", 0.1):
         settings, _ = pretrain.resolve(pretrain.read_flags(["--data", name]), data.load_dataset(name, "train"), 576)
         assert settings["temperature"] == temperature

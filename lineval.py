@@ -572,7 +572,7 @@ def run_job(job):
     """Evaluate a network and its random twin, write, draw -> (random report, report), None but on the first process."""
     started = time.perf_counter()
     splits = in_turn(job.data, lambda: labelled_splits(job.data, job.seed))
-    report_json, neighbors_png, map_png = paths = report_paths(job, splits.train) if job.run else (None, None, None)
+    paths = report_paths(job, splits.train) if job.run else ()
     torch.manual_seed(job.seed)
     random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last)
                         for _ in range(2))
@@ -592,6 +592,7 @@ def run_job(job):
                    "seed": job.seed, "pretrained": report, "random": random_report,
                    "seconds": time.perf_counter() - started}
         job.written = [path.name for path in paths]
+        report_json, neighbors_png, map_png = paths
         with data.writing(job.run):
             report_json.write_text(json.dumps(content, indent=1) + "\n")
             draw_neighbors(neighbors_png, splits, train_x, val_x, job.seed, job.device)

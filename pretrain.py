@@ -534,8 +534,8 @@ def written(run):
     except (OSError, ValueError, TypeError):
         ours = False
     if files and not ours:
-        raise UserError(f"{files[0]} would be written over, and {run} is no run of pretrain.py, whose args.json it lacks: give "
-                        f"another folder with --out, or move the file away")
+        raise UserError(f"{files[0]} would be written over, but {run} holds no run (there is no args.json of pretrain.py): "
+                        f"give another folder with --out, or move the file away")
     return files
 
 

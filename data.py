@@ -150,10 +150,10 @@ def load_dataset(name_or_path, split):
     if name in TORCHVISION:
         return load_torchvision(name, split)
     root = Path(os.path.realpath(name))
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    if not os.path.isdir(root):      # Path.is_dir raises where it is forbidden to look
+        what = "is a file" if os.path.exists(root) else "does not exist, or is forbidden to read"
         raise UserError(f"--data {name} {what}: pass a folder of images or one of shapes, {', '.join(TORCHVISION)}")
-    train_root = root / "train" if (root / "train").is_dir() else root
+    train_root = root / "train" if os.path.isdir(root / "train") else root
     folder = train_root if split == "train" else has_val(name)
     if folder is None:
         raise UserError(f"{name} has no val split: it needs a folder val/ or test/ beside train/")
@@ -214,7 +214,7 @@ def has_val(name):
     if name == "shapes" or name in TORCHVISION:
         return True
     root = Path(os.path.realpath(name))
-    return next((root / v for v in ("val", "test") if (root / "train").is_dir() and (root / v).is_dir()), None)
+    return next((root / v for v in ("val", "test") if os.path.isdir(root / "train") and os.path.isdir(root / v)), None)
 
 
 def load_torchvision(name, split, root="datasets"):

@@ -624,11 +624,12 @@ def build(c, p, dataset, flags):
     # Not when torchrun restarts us:
     restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
     if not s.dry_run:
-        if (s.run / "last.pt").exists() and not restart:
-            resume(s)
-        elif s.run / "backbone.pt" in written(s.run) and not restart:
-            raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with --out, or "
-                            f"write over them with --restart")
+        with data.writing(s.run):      # it may be forbidden even to look there
+            if (s.run / "last.pt").exists() and not restart:
+                resume(s)
+            elif s.run / "backbone.pt" in written(s.run) and not restart:
+                raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with --out, "
+                                f"or write over them with --restart")
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
         raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
                         f"machines share")

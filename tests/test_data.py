@@ -249,6 +249,19 @@ def test_a_folder_that_only_root_may_list(tmp_path, monkeypatch):
             assert len(data.load_dataset(str(root), "train")) == 12
 
 
+def test_what_is_forbidden_to_read_is_named(tmp_path):
+    locked, user = write_images(tmp_path / "locked", 12), os.geteuid()
+    os.chmod(locked, 0)
+    try:
+        os.seteuid(user or 65534)      # root may read anything
+        for name in (locked, locked / "x"):
+            with pytest.raises(UserError, match=str(name)):
+                data.load_dataset(str(name), "train")
+            assert not data.has_val(str(name))
+    finally:
+        os.seteuid(user), os.chmod(locked, 0o700)
+
+
 def test_stl10s_transposed_arrays_are_read(monkeypatch):
     pictures = np.arange(2 * 3 * 96 * 96, dtype=np.uint8).reshape(2, 3, 96, 96)
 

@@ -203,6 +203,14 @@ def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, c
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == files
 
 
+def test_a_folder_that_is_forbidden_to_look_at_is_named(images, capsys, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(pretrain.Path, "exists", forbidden)
+    line = error_of(pretrain.main, ["--data", images, "--out", "locked/run", *TINY], capsys)
+    assert "cannot write locked/run (Permission denied)" in line
+
+
 def test_a_folder_called_shapes_is_not_the_demo(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(images, tmp_path / "shapes")

@@ -31,6 +31,7 @@ from torchvision.utils import make_grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, for every dataset
 TORCHVISION = ("cifar10", "cifar100", "stl10")
+NAMES = ("shapes", *TORCHVISION)                             # what else is passed as --data is a folder
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SMALL = 64                                                   # px: from here down, networks and views are "small"
 
@@ -152,7 +153,7 @@ def load_dataset(name_or_path, split):
     root = Path(os.path.realpath(name))
     if not os.path.isdir(root):      # Path.is_dir raises where it is forbidden to look
         what = "is a file" if os.path.exists(root) else "does not exist, or is forbidden to read"
-        raise UserError(f"--data {name} {what}: pass a folder of images or one of shapes, {', '.join(TORCHVISION)}")
+        raise UserError(f"--data {name} {what}: pass a folder of images or one of {', '.join(NAMES)}")
     train_root = root / "train" if os.path.isdir(root / "train") else root
     folder = train_root if split == "train" else has_val(name)
     if folder is None:
@@ -175,8 +176,8 @@ def load_dataset(name_or_path, split):
 def list_folder(folder):
     """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in.
 
-    A link that leads nowhere counts as an image if it is named like one, so that `read_image` names it; of any other nobody
-    knows whether a folder of images is missing there, so it raises UserError.
+    A link that leads nowhere counts as an image if it is named like one, so that `read_image` names it; of any other
+    nobody knows whether a folder of images is missing there, so it raises UserError.
     """
     try:      # lost+found: only root may list it, in the top folder of many disks
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.name != "lost+found"]
@@ -211,7 +212,7 @@ def images_below(folder):
 
 def has_val(name):
     """The folder of a dataset folder's val split, True for a dataset known by name, None where there is none."""
-    if name == "shapes" or name in TORCHVISION:
+    if name in NAMES:
         return True
     root = Path(os.path.realpath(name))
     return next((root / v for v in ("val", "test") if os.path.isdir(root / "train") and os.path.isdir(root / v)), None)
@@ -653,8 +654,7 @@ def exit_with(error):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        names = ", ".join(("shapes", *TORCHVISION))
-        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of {names}"))
+        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of {', '.join(NAMES)}"))
     try:
         describe(sys.argv[1])
     except UserError as error:

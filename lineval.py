@@ -68,7 +68,7 @@ def in_turn(name, load):
 
 def place(name):
     """A dataset's name, or its folder's one path from the root."""
-    return name if name == "shapes" or name in data.TORCHVISION else os.path.realpath(name)
+    return name if name in data.NAMES else os.path.realpath(name)
 
 
 def load_file(path):
@@ -554,7 +554,8 @@ def read_job(flags, run):
 
 def report_paths(job, train):
     """Where report and pictures go: what is of other data, the key encoder or another size beside the run's own."""
-    other = [train.name] if (place(job.data), train.fingerprint) != job.pretrained_on else []
+    here = place(job.data)
+    other = [train.name] if (here, train.fingerprint) != job.pretrained_on else []
     other += ["key"] if job.encoder == "key" else []
     other += [f"{job.image_size}px"] if job.image_size != job.settings["image_size"] else []
     paths = [job.run / ("-".join([kind, *other]) + suffix)
@@ -563,7 +564,7 @@ def report_paths(job, train):
         before = json.loads(paths[0].read_text())["data"]
     except (OSError, ValueError, KeyError, TypeError):
         return paths
-    if other and before != place(job.data):
+    if other and before != here:
         raise UserError(f"{paths[0]} is of {before}, another folder of that name: move it away first")
     return paths
 

@@ -69,9 +69,9 @@ TABLE = {
 # [Small]'s released command also starts from weights distilled from a teacher (SEED, arXiv 2101.04731): without --init,
 # `small` is not that paper's row; with it, it is not free of a teacher.
 
-# Smaller datasets: fewer images a batch, a queue well below the dataset, a faster key encoder, more epochs. Ours, but for
-# 200,000: MoCo's CIFAR-10 notebook. lr changes `light` alone: held-out images chose it, in the third row (README, Results).
-# Applied over the recipe and under the command line.
+# Smaller datasets: fewer images a batch, a queue well below the dataset, a faster key encoder, more epochs. Ours, but
+# for 200,000: MoCo's CIFAR-10 notebook. lr changes `light` alone: held-out images chose it, in the third row (README,
+# Results). Applied over the recipe and under the command line.
 SCALES = {
     500:     dict(batch_size=32, queue_size=64, key_momentum=0.99, lr=0.03, epochs=400),
     2_000:   dict(batch_size=64, queue_size=256, key_momentum=0.99, lr=0.03, epochs=400),
@@ -86,7 +86,7 @@ SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warm
 # Between the parts of one resumed run:
 MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
 DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
-# What a run's folder may hold, lineval.py's files too. A new start there removes it, args.json, by which we know it, last.
+# What a run's folder may hold, lineval.py's files too. A new start removes it; last args.json, which marks it ours.
 WRITTEN = ("last.pt", "log.csv", "backbone.pt", "backbone.json", "views.png", "lineval.json", "lineval-*.json",
            "neighbors.png", "neighbors-*.png", "map.png", "map-*.png", "soft_positives.png", "args.json")
 AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
@@ -527,15 +527,15 @@ def as_csv(rows, header):
 
 
 def written(run):
-    """The files of an earlier run in the folder `run`; raise UserError if there are such files, but not of this program."""
+    """The files of an earlier run in the folder `run`; raise UserError if they are there, but not of this program."""
     files = [path for pattern in WRITTEN for path in run.glob(pattern) if path.is_file()]
     try:
         ours = {"recipe", "dataset"} <= {*json.loads((run / "args.json").read_text())}
     except (OSError, ValueError, TypeError):
         ours = False
     if files and not ours:
-        raise UserError(f"{files[0]} would be written over, but {run} holds no run (there is no args.json of pretrain.py): "
-                        f"give another folder with --out, or move the file away")
+        raise UserError(f"{files[0]} would be written over, but {run} holds no run (there is no args.json of "
+                        f"pretrain.py): give another folder with --out, or move the file away")
     return files
 
 
@@ -628,8 +628,8 @@ def build(c, p, dataset, flags):
             if (s.run / "last.pt").exists() and not restart:
                 resume(s)
             elif s.run / "backbone.pt" in written(s.run) and not restart:
-                raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with --out, "
-                                f"or write over them with --restart")
+                raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with "
+                                f"--out, or write over them with --restart")
     if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
         raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
                         f"machines share")

@@ -301,7 +301,8 @@ def whole(*flags):
 
     def timed(s):
         stopped = train(s)
-        ran.update(c=s.c, ours=s.clock.steps * s.c["batch_size"] / (s.clock.stopped - s.clock.started), steps=s.clock.steps)
+        rate = s.clock.steps * s.c["batch_size"] / (s.clock.stopped - s.clock.started)
+        ran.update(c=s.c, ours=rate, steps=s.clock.steps)
         return stopped
 
     pretrain.train = timed

@@ -194,7 +194,8 @@ def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", [[], ["--restart"]])
-@pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}, {"args.json": '{"recipe": "soup"}'}, {"views.png": "", "args.json": "7"}])
+@pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}, {"args.json": '{"recipe": "soup"}'},
+                                   {"views.png": "", "args.json": "7"}])
 def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, capsys):
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -1,404 +1,155 @@
-"""Datasets, the two random views of every image, and all randomness of the project.
+"""Two random views of every image, the datasets they come from, and all randomness.
 
-    python data.py shapes            # or cifar10, cifar100, stl10, or a folder of images:
-    python data.py PATH              # what was found, which files cannot be read, and a picture of view pairs
+    python data.py PATH      # what was found, which files cannot be read, a picture of view pairs
 
-Each random number is a hash of what it is for: (purpose, seed, epoch, index, view, ...). So an image gets the same two
-views in an epoch whatever the number of workers, processes or restarts, and nothing needs a generator's state.
+A view is made in two places. The host decodes an image and cuts two random crops, in uint8 (a
+quarter of the bytes of floats). The other augmentations it only draws, as eight numbers a view;
+`augment` applies them on the device to a whole batch at once, without any randomness.
 
-A view is made in two places. The host decodes, crops and resizes, all in uint8 (a quarter of the bytes of floats), and
-draws the other augmentations as a few numbers; `augment` applies those on the device to the whole batch.
+Every random number is keyed by what it is for, such as (VIEWS, seed, epoch, index). So an image
+gets the same two views in an epoch whatever the number of workers, processes or restarts, and no
+generator's state is ever saved.
 """
 import contextlib
 import hashlib
 import itertools
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import time
 import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import datasets as tv_datasets
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # ImageNet's, for every dataset
-TORCHVISION = ("cifar10", "cifar100", "stl10")
-NAMES = ("shapes", *TORCHVISION)                             # what else is passed as --data is a folder
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-SMALL = 64                                                   # px: from here down, networks and views are "small"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, for every dataset
+SMALL = 64                # px: from here down, networks and views are "small"
+LOADER_TIMEOUT = 300      # seconds without a batch, after which a loader counts as hanging
 
 
 class UserError(ValueError):
     """Something the user can put right: the scripts print it as one line and exit with code 2."""
 
 
-# ---------------------------------------------------------------------- randomness: a hash of what it is for
-
-VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, QUEUE, SAMPLE = range(7)     # the purposes, so that no two share a stream
-
-
-def keyed_bits(*key):
-    """Mix integers, or arrays of them that broadcast, into uint64 (finaliser of splitmix64, Steele et al. 2014)."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for part in key:
-            state = (state ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
+class LocalError(UserError):
+    """A UserError that one of several processes alone has seen, so that it must print it."""
 
 
-def keyed_uniform(count, *key):
-    """`count` numbers in [0, 1) for each key: shape of the broadcast key parts + (count,), float64."""
-    parts = [np.asarray(part)[..., None] for part in key]
-    return (keyed_bits(*parts, np.arange(count)) >> np.uint64(11)) * 2.0 ** -53
+# ------------------------------------------------- randomness, keyed by what it is for
+
+VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # no two purposes share a stream
 
 
-def keyed_permutation(n, *key):
-    """A permutation of range(n), int64."""
-    return np.argsort(keyed_bits(*key, np.arange(n)), kind="stable")
+def generator(*key):
+    """Random numbers for one purpose: equal keys of integers give equal numbers."""
+    return np.random.default_rng(key)
 
 
-# ---------------------------------------------------------------------- datasets: (uint8 CHW tensor, label)
-
-class Pictures:
-    """Images in memory: images (N, 3, H, W) uint8, labels (N,) int64 with -1 for none, classes a list of names."""
-
-    def __init__(self, name, images, labels, classes):
-        self.name, self.images, self.labels, self.classes = name, images, labels, classes
-        self.fingerprint = hashlib.blake2b(images.numpy(), digest_size=8).hexdigest()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index], int(self.labels[index])
+def permutation(n, *key):
+    """A permutation of range(n), an int64 tensor (n,)."""
+    return torch.from_numpy(generator(*key).permutation(n))
 
 
-class Files:
-    """Image files below `root`; the paths are kept in one array, since a list of a million str is copied by workers."""
+def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
+    """Yield this process's list of (epoch, index) for each step: its part of the global batch.
 
-    def __init__(self, name, root, paths, labels, classes):
-        self.name, self.root, self.labels, self.classes = name, root, labels, classes
-        self.paths = np.array([os.fsencode(p) for p in paths])
-        self.fingerprint = hashlib.blake2b(b"\n".join(self.paths.tolist()), digest_size=8).hexdigest()
-
-    def __len__(self):
-        return len(self.paths)
-
-    def path(self, index):
-        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
-
-    def __getitem__(self, index):
-        return read_image(self.path(index)), int(self.labels[index])
-
-
-def read_image(path):
-    """Decode any image file to RGB, (3, H, W) uint8; alpha is dropped and EXIF rotation ignored, as torchvision's loader.
-
-    Raises UserError with the file's name. torchvision decodes what it can (1.3 x faster than Pillow), Pillow the rest:
-    other formats, CMYK, 16 bits (the upper 8 count), and files that end early, which torchvision would fill up in silence.
+    The global batch of step t of an epoch is permutation(seed, epoch)[t * batch : (t + 1) * batch];
+    the rest is dropped.
     """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-        end = encoded[-2:].tobytes() == b"\xff\xd9" or b"\xff\xd9" in encoded[-65536:].tobytes()
-        whole = end or encoded[:2].tobytes() != b"\xff\xd8"
-        image = None
-        if whole and len(encoded):
-            try:
-                image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
-            except RuntimeError:
-                pass
-        if image is None or image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-            with Image.open(path) as file:
-                sixteen = file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM")
-                if file.mode in ("I", "F") and not sixteen:
-                    raise UserError(f"cannot read image {path} (its range is unknown, mode {file.mode}): convert it to 8 or "
-                                    f"16 bits")
-                if sixteen:     # Pillow's convert would clip them at 255
-                    bits = getattr(file, "tag_v2", {}).get(258, (16,))[0]      # TIFF's BitsPerSample: 12 in some cameras'
-                    file = Image.fromarray((np.array(file) >> (bits - 8)).astype(np.uint8))
-                image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        return image
-    except UserError:
-        raise
-    except Exception as error:     # Pillow raises many types, from SyntaxError to its own decompression-bomb error
-        raise UserError(f"cannot read image {path} ({type(error).__name__}): remove or replace it "
-                        f"(`python data.py DATASET` lists all such files)") from None
+    per_epoch = n // batch_size
+    part = batch_size // world
+    order = None
+    for step in range(first_step, epochs * per_epoch):
+        epoch, t = divmod(step, per_epoch)
+        if order is None or t == 0:
+            order = permutation(n, ORDER, seed, epoch).tolist()
+        start = t * batch_size + rank * part
+        yield [(epoch, index) for index in order[start:start + part]]
 
 
-def load_dataset(name_or_path, split):
-    """A dataset of (uint8 CHW tensor, label), with `.labels`, `.classes`, `.name` and `.fingerprint`.
+# ------------------------------------------------- two views: the host's share
 
-    `name_or_path`: "shapes", "cifar10", "cifar100", "stl10", or a folder: with `train/` and `val/` or `test/` inside, or
-    any tree of images. The class is the first folder below the split; an image in none has label -1. `split`: "train" or
-    "val". Raises UserError where there is nothing to read; `has_val` tells whether a folder has a val split.
-    """
-    if split not in ("train", "val"):
-        raise UserError(f'unknown split {split!r}: pass "train" or "val"')
-    name = str(name_or_path)
-    if name == "shapes":
-        return draw_shapes(*((SHAPES_TRAIN, 1) if split == "train" else (SHAPES_VAL, 2)))
-    if name in TORCHVISION:
-        return load_torchvision(name, split)
-    root = Path(os.path.realpath(name))
-    if not os.path.isdir(root):      # Path.is_dir raises where it is forbidden to look
-        what = "is a file" if os.path.exists(root) else "does not exist, or is forbidden to read"
-        raise UserError(f"--data {name} {what}: pass a folder of images or one of {', '.join(NAMES)}")
-    train_root = root / "train" if os.path.isdir(root / "train") else root
-    folder = train_root if split == "train" else has_val(name)
-    if folder is None:
-        raise UserError(f"{name} has no val split: it needs a folder val/ or test/ beside train/")
-    paths = sorted(path.removeprefix(os.path.join(folder, "")) for path in images_below(folder))
-    if not paths:
-        raise UserError(f"no images in {folder}: looked for {' '.join(sorted(EXTENSIONS))} at any depth")
-    found = [p.split(os.sep)[0] if os.sep in p else None for p in paths]
-    # The classes of both splits are train's folders with an image in them.
-    classes = sorted(os.path.basename(c) for c in list_folder(train_root)[0] if any(images_below(c)))
-    strange = sorted({c for c in found if c is not None} - set(classes))
-    if strange:
-        raise UserError(f"{folder} has a class folder {strange[0]!r} with images, {train_root} has none of that class: name "
-                        f"the class folders of both splits alike, or move that one away")
-    numbers = {c: i for i, c in enumerate(classes)}
-    labels = torch.tensor([-1 if c is None else numbers[c] for c in found])
-    return Files(root.name or "root", str(folder), paths, labels, classes)
-
-
-def list_folder(folder):
-    """Paths of the (folders, image files) in it; not what is hidden, nor links to a folder that they lie in.
-
-    A link that leads nowhere counts as an image if it is named like one, so that `read_image` names it; of any other
-    nobody knows whether a folder of images is missing there, so it raises UserError.
-    """
-    try:      # lost+found: only root may list it, in the top folder of many disks
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.name != "lost+found"]
-    except OSError as error:
-        raise UserError(f"cannot list {folder} ({error.strerror}): allow it, or move that folder away") from None
-
-    def leads_back(entry):
-        target = os.path.join(os.path.realpath(entry.path), "")
-        above = (os.path.join(os.path.realpath(parent), "") for parent in Path(entry.path).parents)
-        return any(parent.startswith(target) for parent in above)
-
-    folders, files = [], []
-    for entry in entries:
-        # isdir is False where a link's target is missing or forbidden, or is the link; entry.is_dir() raises for the last two.
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            if not (entry.is_symlink() and leads_back(entry)):
-                folders.append(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            files.append(entry.path)
-        elif entry.is_symlink() and not os.path.exists(entry.path):
-            raise UserError(f"cannot follow the link {entry.path}: mount its disk, allow it, or remove the link")
-    return folders, files
-
-
-def images_below(folder):
-    """Paths of the image files at any depth."""
-    folders, files = list_folder(folder)
-    yield from files
-    for below in folders:
-        yield from images_below(below)
-
-
-def has_val(name):
-    """The folder of a dataset folder's val split, True for a dataset known by name, None where there is none."""
-    if name in NAMES:
-        return True
-    root = Path(os.path.realpath(name))
-    return next((root / v for v in ("val", "test") if os.path.isdir(root / "train") and os.path.isdir(root / v)), None)
-
-
-def load_torchvision(name, split, root="datasets"):
-    """CIFAR and STL-10 by torchvision, downloaded into `root`; STL-10's train split includes its unlabeled images."""
-    try:
-        if name == "stl10":
-            source = tv_datasets.STL10(root, "train+unlabeled" if split == "train" else "test", download=True)
-            images, labels = torch.from_numpy(source.data).contiguous(), source.labels
-        else:
-            kind = tv_datasets.CIFAR10 if name == "cifar10" else tv_datasets.CIFAR100
-            source = kind(root, train=split == "train", download=True)
-            images, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), source.targets
-    except (OSError, RuntimeError) as error:      # URLError is an OSError
-        raise UserError(f"cannot download {name} into {root}/ ({error}): connect to the network, put its archive there, "
-                        f"or pass --data PATH with the images as files") from None
-    return Pictures(name, images, torch.as_tensor(np.array(labels)).long(), list(source.classes))
-
-
-# ---------------------------------------------------------------------- shapes: a dataset that needs no file
-
-SHAPES_TRAIN, SHAPES_VAL, TILE, TILES = 6000, 1500, 24, 3
-GROUND, INK = 0.3, 0.7
-AREA = 1.2     # every shape is scaled to this area, or the amount of colour would tell the class
-SHAPES = {     # name -> signed distance at u, v in about [-1, 1] and r = |(u, v)|, negative inside; and the area inside
-    "disc":      (lambda u, v, r: r - 0.8, 2.01),
-    "ring":      (lambda u, v, r: (r - 0.66).abs() - 0.2, 1.66),
-    "square":    (lambda u, v, r: torch.maximum(u.abs(), v.abs()) - 0.72, 2.07),
-    "frame":     (lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.62).abs() - 0.18, 1.79),
-    "triangle":  (lambda u, v, r: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.48, 1.20),
-    "plus":      (lambda u, v, r: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.2, torch.maximum(u.abs(), v.abs()) - 0.9), 1.29),
-    "cross":     (lambda u, v, r: torch.maximum((u.abs() - v.abs()).abs() * 0.7 - 0.2, r - 0.95), 1.36),
-    "diamond":   (lambda u, v, r: 0.7 * (u.abs() + v.abs()) - 0.62, 1.57),
-    "bars":      (lambda u, v, r: torch.maximum(torch.minimum(v.abs(), (v.abs() - 0.66).abs()) - 0.16, u.abs() - 0.8), 1.53),
-    "crescent":  (lambda u, v, r: torch.maximum(r - 0.85, 0.65 - ((u - 0.4) ** 2 + v ** 2).sqrt()), 1.14),
-    "hourglass": (lambda u, v, r: torch.maximum(0.7 * (u.abs() - v.abs()), v.abs() - 0.8), 1.28),
-    "star":      (lambda u, v, r: 0.8 * (r * (1 + 0.4 * torch.cos(5 * torch.atan2(u, v))) - 0.62), 1.57),
-}
-
-
-def draw_shapes(count, seed, size=TILE * TILES):
-    """`count` pictures of `size` px, each a lattice of 3 x 3 copies of one shape: the class.
-
-    Every copy has its own size, angle and place; ink, ground and the area of ink are the same everywhere. So colour and
-    background say nothing about the class, any crop still shows it, and of what two crops of a picture share, the shape
-    tells most. (With coloured copies or a clouded ground the pretext task is solved by those, and the shape not learnt.)
-    """
-    labels = torch.from_numpy(keyed_permutation(count, DRAWING, seed) % len(SHAPES))
-    parts = [draw_lattices(labels[rows], seed, rows) for rows in np.split(np.arange(count), range(256, count, 256))]
-    images = torch.cat(parts)
-    if size != TILE * TILES:
-        images = TF.resize(images, [size, size], antialias=True)
-    return Pictures("shapes", images, labels, list(SHAPES))
-
-
-def draw_lattices(labels, seed, rows):
-    """The pictures with the numbers `rows`: labels (n,) -> (n, 3, 72, 72) uint8."""
-    n, copies = len(rows), TILES * TILES
-    draws = keyed_uniform(4, DRAWING, seed, 1, rows[:, None] * copies + np.arange(copies))                    # (n, 9, 4)
-    scale, angle, x, y = torch.from_numpy(draws).float().flatten(0, 1)[..., None, None].unbind(1)             # (9 n, 1, 1)
-    owner = labels.repeat_interleave(copies)
-    grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1
-    ink = torch.empty(len(owner), TILE, TILE)
-    for label, (distance, area) in enumerate(SHAPES.values()):
-        mine = owner == label
-        radius = (0.55 + 0.4 * scale[mine]) * (AREA / area) ** 0.5                        # of half a tile
-        turn = (2 * angle[mine] - 1) * math.radians(20)
-        room = (1 - radius).clamp(min=0)
-        dx = grid[None, None, :] - (2 * x[mine] - 1) * room                              # from the copy's own centre
-        dy = grid[None, :, None] - (2 * y[mine] - 1) * room
-        u, v = (turn.cos() * dx + turn.sin() * dy) / radius, (turn.cos() * dy - turn.sin() * dx) / radius
-        edge = distance(u, v, (u ** 2 + v ** 2).sqrt()) * (TILE / 2 * radius)            # in pixels: one pixel soft
-        ink[mine] = (0.5 - edge).clamp(0, 1)
-
-    pictures = GROUND + (INK - GROUND) * ink.view(n, TILES, TILES, TILE, TILE).transpose(2, 3).reshape(n, 1, TILES * TILE, -1)
-    return (255 * pictures).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-
-
-# ---------------------------------------------------------------------- two views: host share
-
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDERING, GRAY, SIGMA = range(8)     # columns of params (N, 8)
-ORDERINGS = torch.tensor(list(itertools.permutations(range(4))))                 # (24, 4): of the jitter's four steps
+# The columns of params (N, 8), and the 24 orders in which the four colour steps may come.
+FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDERING, GRAY, SIGMA = range(8)
+ORDERINGS = torch.tensor(list(itertools.permutations(range(4))))          # (24, 4)
 
 
 class TwoViews:
-    """Two random views of each image. Item (epoch, index) -> crops (2, 3, S, S) uint8, params (2, 8) float32, index.
+    """Two random views of each image, with the augmentations of MoCo v2 (arXiv 2003.04297).
 
-    Crop area `min_scale` to 1 of the image, aspect 3/4 to 4/3, resized to S; params as drawn by `draw_params`, for
-    `augment`. A function of (seed, epoch, index) alone. Augmentations: MoCo v2 (arXiv 2003.04297), there as here.
+    Item (epoch, index) -> crops (2, 3, S, S) uint8, params (2, 8) float32, index: a function of
+    (seed, epoch, index) alone. A crop has `min_scale` to 1 of the image's area and an aspect of
+    3/4 to 4/3, and is resized to S x S. jitter: strengths of brightness, contrast, saturation and
+    hue, applied with probability `jitter_p`. blur: a Gaussian of 0.1 to 2 pixels of the crop.
     """
 
-    def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8,
-                 gray_p=0.2, blur_p=0.5):
-        self.dataset, self.size, self.seed, self.min_scale = dataset, image_size, seed, min_scale
-        self.strengths = dict(jitter=jitter, jitter_p=jitter_p, gray_p=gray_p, blur_p=blur_p)
+    def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1),
+                 jitter_p=0.8, gray_p=0.2, blur_p=0.5):
+        self.dataset, self.size, self.seed = dataset, image_size, seed
+        self.min_scale, self.jitter, self.jitter_p = min_scale, jitter, jitter_p
+        self.gray_p, self.blur_p = gray_p, blur_p
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, item):
-        return self.__getitems__([item])[0]
-
-    def __getitems__(self, items):
-        """A whole batch of items at once: torch's loader calls this where it exists."""
-        epochs, indices = np.array(items).T
-        images = [self.dataset[i][0] for i in indices]                                   # (3, H, W) uint8 each
-        draws = keyed_uniform(32, VIEWS, self.seed, epochs[:, None], indices[:, None], np.arange(2))     # (N, 2, 32)
-        heights, widths = (np.array([im.shape[side] for im in images])[:, None] for side in (1, 2))
-        boxes = draw_boxes(draws[..., :22], heights, widths, self.min_scale)             # (N, 2, 4)
-        params = draw_params(draws[..., 22:], **self.strengths)                          # (N, 2, 8)
-        crops, small = [None] * len(items), {}
-        for i, image in enumerate(images):
-            if max(image.shape) <= self.size:             # only ever enlarged: a whole batch at once
-                small.setdefault(image.shape, []).append(i)
-            else:
-                crops[i] = torch.cat([resized_crop(image, box, self.size) for box in boxes[i].tolist()])
-        for members in small.values():
-            enlarged = enlarge(torch.stack([images[i] for i in members]), boxes[members], self.size)
-            for i, pair in zip(members, enlarged):
-                crops[i] = pair
-        return [(crops[i], params[i], int(index)) for i, index in enumerate(indices)]
+        epoch, index = item
+        image, _ = self.dataset[index]                                    # (3, H, W) uint8
+        rng = generator(VIEWS, self.seed, epoch, index)
+        crops, params = [], []
+        for _ in range(2):
+            box = draw_box(rng, image.shape[1], image.shape[2], self.min_scale)
+            crops.append(resize_crop(image, box, self.size))
+            params.append(draw_params(rng, self.jitter, self.jitter_p, self.gray_p, self.blur_p))
+        return torch.cat(crops), torch.tensor(params, dtype=torch.float32), index
 
 
-def draw_boxes(u, height, width, min_scale):
-    """u (..., 22) uniform -> boxes (..., 4) int64 top, left, height, width: torchvision's RandomResizedCrop.
-
-    Ten tries at an area and an aspect, then the largest central crop of an allowed aspect.
-    """
-    full = np.stack([height, width], -1)[..., None]                                      # (..., 2, 1)
-    area = full.prod(-2, keepdims=True) * (min_scale + (1 - min_scale) * u[..., None, :10])
-    aspect = np.exp(np.log(3 / 4) + np.log(16 / 9) * u[..., None, 10:20])                # (..., 1, 10), width / height
-    sides = np.rint(np.sqrt(np.concatenate([area / aspect, area * aspect], -2)))         # (..., 2, 10): heights, widths
-    fits = ((sides >= 1) & (sides <= full)).all(-2, keepdims=True)                       # (..., 1, 10)
-    none = ~fits.any(-1, keepdims=True)                                                  # (..., 1, 1)
-    central = np.minimum(full, np.rint(full[..., ::-1, :] * 4 / 3))
-    sides = np.where(none, central, np.take_along_axis(sides, fits.argmax(-1)[..., None], -1))      # (..., 2, 1)
-    start = np.where(none, (full - sides) // 2, np.floor(u[..., 20:22, None] * (full - sides + 1)))
-    return np.concatenate([start, sides], -2)[..., 0].astype(np.int64)
+def draw_box(rng, height, width, min_scale):
+    """A random crop as torchvision's RandomResizedCrop draws it -> top, left, height, width."""
+    for _ in range(10):
+        area = height * width * rng.uniform(min_scale, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))  # width / height
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # The image is so narrow that no box fits: the largest central one of an allowed aspect.
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_params(u, *, jitter, jitter_p, gray_p, blur_p):
-    """u (..., 10) uniform -> params (..., 8) float32, the columns FLIP to SIGMA; sigma 0 means no blur."""
-    params = np.zeros(u.shape[:-1] + (8,), np.float32)
-    params[..., FLIP] = u[..., 0] < 0.5
-    jittered = u[..., 1] < jitter_p
-    strength = np.array(jitter[:3])
-    low = np.maximum(0, 1 - strength)
-    factors = low + (1 + strength - low) * u[..., 2:5]
-    params[..., BRIGHTNESS:HUE] = np.where(jittered[..., None], factors, 1)
-    params[..., HUE] = np.where(jittered, (2 * u[..., 5] - 1) * jitter[3], 0)            # in turns of the colour circle
-    params[..., ORDERING] = np.floor(u[..., 6] * 24)
-    params[..., GRAY] = u[..., 7] < gray_p
-    params[..., SIGMA] = np.where(u[..., 8] < blur_p, 0.1 + 1.9 * u[..., 9], 0)          # in pixels of the crop
-    return torch.from_numpy(params)
-
-
-def resized_crop(image, box, size):
-    """image (3, H, W) uint8, box top, left, height, width -> (1, 3, size, size) uint8, bilinear, antialiased.
-
-    The crop is made channels last first, as a decoder has it: torch's resize would turn any other into that and back.
-    """
-    top, left, height, width = box
-    crop = image[None, :, top:top + height, left:left + width].contiguous(memory_format=torch.channels_last)
+def resize_crop(image, box, size):
+    """(3, H, W) uint8 -> (1, 3, size, size) uint8, bilinear and antialiased."""
+    top, left, h, w = box
+    crop = image[None, :, top:top + h, left:left + w]
+    crop = crop.contiguous(memory_format=torch.channels_last)    # torch's resize is fastest so
     return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
 
 
-def enlarge(images, boxes, size):
-    """images (B, 3, H, W) uint8, boxes (B, 2, 4) -> crops (B, 2, 3, size, size) uint8, bilinear.
-
-    The edge pixel is held beyond a crop's border, as where the crop is cut out first.
-    """
-    boxes = torch.from_numpy(boxes).flatten(0, 1).float()                                # (2B, 4)
-    steps = (torch.arange(size) + 0.5) / size
-
-    def positions(start, length, full):                       # of the output pixels in the image, scaled to [-1, 1]
-        pixel = start + (steps * length - 0.5).clamp(min=0).minimum(length - 1)          # (2B, size)
-        return 2 * pixel / max(full - 1, 1) - 1
-
-    y = positions(boxes[:, :1], boxes[:, 2:3], images.shape[2])
-    x = positions(boxes[:, 1:2], boxes[:, 3:], images.shape[3])
-    grid = torch.stack([x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], 3)
-    pixels = images.float().repeat_interleave(2, 0)                                      # (2B, 3, H, W)
-    crops = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return crops.round().to(torch.uint8).view(len(images), 2, 3, size, size)
+def draw_params(rng, jitter, jitter_p, gray_p, blur_p):
+    """The augmentations of one view as eight numbers, in the order FLIP, ..., SIGMA."""
+    flip = rng.random() < 0.5
+    factors = [1.0, 1.0, 1.0]                  # brightness, contrast, saturation: 1 is neutral
+    hue = 0.0                                  # in turns of the colour circle
+    if rng.random() < jitter_p:
+        for i in range(3):
+            factors[i] = rng.uniform(max(0, 1 - jitter[i]), 1 + jitter[i])
+        hue = rng.uniform(-jitter[3], jitter[3])
+    ordering = rng.integers(len(ORDERINGS))
+    gray = rng.random() < gray_p
+    sigma = rng.uniform(0.1, 2) if rng.random() < blur_p else 0.0
+    return [flip, *factors, hue, ordering, gray, sigma]
 
 
 def collate(items):
@@ -407,74 +158,50 @@ def collate(items):
     return torch.stack(crops, dim=1), torch.stack(params, dim=1), torch.tensor(index)
 
 
-def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
-    """Yield this process's (epoch, index) pairs of each step: the rank-th part of the global batch.
-
-    The global batch of step t of an epoch is permutation(seed, epoch)[t * batch : (t + 1) * batch]; the rest is dropped.
-    """
-    part = batch_size // world
-    for step in range(first_step, epochs * (n // batch_size)):
-        epoch, t = divmod(step, n // batch_size)
-        if t == 0 or step == first_step:
-            order = keyed_permutation(n, ORDER, seed, epoch)
-        start = t * batch_size + rank * part
-        yield [(epoch, int(i)) for i in order[start:start + part]]
-
-
-# ---------------------------------------------------------------------- two views: device share
+# ------------------------------------------------- two views: the device's share
 
 @torch.no_grad()
 def augment(crops, params):
-    """(N, 3, S, S) uint8, (N, 8) -> (N, 3, S, S) float, channels_last, normalised: a pure function, on any device.
+    """(N, 3, S, S) uint8, params (N, 8) -> (N, 3, S, S) float, channels_last, normalised.
 
-    Flip, colour jitter in each image's own order, gray, blur, as torchvision's functional transforms do them to float
-    images in [0, 1]; then ImageNet mean and std. Computes in torch's default dtype.
+    Flip, colour jitter in each image's own order, gray, blur, each as torchvision's functional
+    transforms do it to float images in [0, 1]; then ImageNet's mean and std. A pure function, on
+    the device of `crops`, in torch's default type. params may stay on the host: nothing waits.
     """
-    n, _, size, _ = crops.shape
-    out = torch.empty(crops.shape, dtype=torch.get_default_dtype(), device=crops.device,
-                      memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v, dtype=out.dtype).view(3, 1, 1).to(out.device, non_blocking=True) for v in (MEAN, STD))
-    # On a CPU, as many images at a time as stay in its cache.
-    chunk = max(1, 16 * 224 ** 2 // size ** 2) if crops.device.type == "cpu" else n
-    # The host's copy tells which image needs which step; if `params` lie there, nothing waits for the device.
-    plan, params = params.cpu(), params.to(crops.device, out.dtype, non_blocking=True)
-    with torch.autocast(crops.device.type, enabled=False):
-        for start in range(0, n, chunk):
-            rows = slice(start, start + chunk)
-            p, todo, x = params[rows], plan[rows], crops[rows]
-            x = torch.where(p[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
-            # Planar, whatever the crops are: most steps below take channels apart.
-            x = x.to(out.dtype, memory_format=torch.contiguous_format).div_(255)
-            color_jitter_(x, p, todo)
-            for_each(x, todo[:, GRAY] > 0.5, lambda part, _: luma(part).expand_as(part), p)
-            for_each(x, todo[:, SIGMA] > 0, lambda part, q: gaussian_blur(part, q[:, SIGMA]), p)
-            out[rows] = x.sub_(mean).div_(std)
-    return out
+    x = crops.to(torch.get_default_dtype(), memory_format=torch.contiguous_format) / 255
+    plan = params.cpu()                        # the host sees which image needs which step
+    params = params.to(x.device, x.dtype, non_blocking=True)
+    x = torch.where(params[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
+    order = ORDERINGS[plan[:, ORDERING].long()]                           # (N, 4)
+    for turn in range(4):
+        for number, adjust in enumerate(COLOR_STEPS):
+            column = BRIGHTNESS + number
+            neutral = 0 if column == HUE else 1
+            chosen = (order[:, turn] == number) & (plan[:, column] != neutral)
+            apply_to(x, chosen, adjust, params[:, column])
+    apply_to(x, plan[:, GRAY] > 0.5, make_gray, params[:, GRAY])
+    apply_to(x, plan[:, SIGMA] > 0, gaussian_blur, params[:, SIGMA])
+    scale = 1 / torch.tensor(STD, dtype=x.dtype).view(3, 1, 1)
+    shift = -torch.tensor(MEAN, dtype=x.dtype).view(3, 1, 1) * scale
+    scale, shift = scale.to(x.device, non_blocking=True), shift.to(x.device, non_blocking=True)
+    return torch.addcmul(shift, x, scale).contiguous(memory_format=torch.channels_last)
 
 
-def for_each(x, chosen, step, p):
-    """x[chosen] = step(x[chosen], p[chosen]), in place; `chosen` (N,) bool on the host."""
+def apply_to(x, chosen, step, amount):
+    """x[chosen] = step(x[chosen], amount[chosen]), in place; `chosen` (N,) lies on the host."""
     rows = chosen.nonzero().flatten()
     if len(rows):
         rows = rows.to(x.device, non_blocking=True)
-        x[rows] = step(x[rows], p[rows])
-
-
-def color_jitter_(x, p, todo):
-    """Brightness, contrast, saturation, hue, each image in its own order; x (N, 3, S, S) in [0, 1], in place."""
-    steps = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    neutral = (1, 1, 1, 0)
-    order = ORDERINGS[todo[:, ORDERING].long()]               # (N, 4): which step comes first, second, ...
-    for turn in range(4):
-        for number, step in enumerate(steps):
-            column = BRIGHTNESS + number
-            chosen = (order[:, turn] == number) & (todo[:, column] != neutral[number])
-            for_each(x, chosen, lambda part, q: step(part, q[:, column].view(-1, 1, 1, 1)), p)
+        x[rows] = step(x[rows], amount[rows].view(-1, 1, 1, 1))
 
 
 def luma(x):
-    """(N, 3, S, S) -> (N, 1, S, S): ITU-R 601 gray with torchvision's digits."""
-    return (0.2989 * x[:, :1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)
+    """(N, 3, S, S) -> (N, 1, S, S): gray by ITU-R 601, with torchvision's digits."""
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def make_gray(x, _):
+    return luma(x).expand_as(x)
 
 
 def adjust_brightness(x, factor):
@@ -490,42 +217,44 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turn):
-    """Turn the HSV hue by `turn` in [-0.5, 0.5]. With m and c the least channel and the range of a pixel, a channel is
-    m + c * clamp(triangle(hue)): the closed form of HSV -> RGB."""
-    r, g, b = x.unbind(1)                                     # (N, S, S)
-    turn = turn.view(-1, 1, 1)
+    """Turn the hue of HSV by `turn` in [-0.5, 0.5].
+
+    A channel is least + range * clamp(triangle(hue)): the closed form of HSV -> RGB.
+    """
+    r, g, b = x.unbind(1)                                                 # (N, S, S) each
     low, high = x.amin(1), x.amax(1)
-    c = high - low
-    span = torch.where(c == 0, 1, c)
-    hue = torch.where(high == r, (g - b) / span, torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4))
-    hue = (hue + 6 * turn).remainder_(6)                      # in sixths of the circle
+    span = high - low
+    safe = torch.where(span == 0, 1, span)
+    hue = torch.where(high == r, (g - b) / safe,
+                      torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue = (hue + 6 * turn[:, 0]).remainder_(6)                            # sixths of the circle
     red = (hue - 3).abs_().sub_(1).clamp_(0, 1)
     green = (hue - 2).abs_().neg_().add_(2).clamp_(0, 1)
     blue = (hue - 4).abs_().neg_().add_(2).clamp_(0, 1)
-    return torch.stack([red, green, blue], 1).mul_(c[:, None]).add_(low[:, None])
+    return torch.stack([red, green, blue], 1).mul_(span[:, None]).add_(low[:, None])
+
+
+COLOR_STEPS = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
 
 
 def gaussian_blur(x, sigma):
-    """x (N, 3, S, S), sigma (N,) pixels: 13 taps, mirrored at the border.
-
-    Along each axis a product by a band matrix, for 32 pixels at a time where that divides S: the fewer, the fewer zeros.
-    """
-    n, channels, size, _ = x.shape
+    """x (N, 3, S, S), sigma (N, 1, 1, 1) in pixels: 13 taps along each axis, mirrored borders."""
+    n = len(x)
     taps = torch.arange(-6, 7, device=x.device)
-    weight = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, 1).to(x.dtype)           # (N, 13), sums to 1
-    block = 32 if size % 32 == 0 else size
-    offset = torch.arange(block + 12, device=x.device)[:, None] - torch.arange(block, device=x.device)
-    band = weight[:, offset.clamp(0, 12)].masked_fill_((offset < 0) | (offset > 12), 0)  # (N, B + 12, B)
-    for _ in range(2):
-        near = F.pad(x, (6, 6, 0, 0), mode="reflect").unfold(3, block + 12, block)       # (N, 3, S, S / B, B + 12)
-        x = torch.bmm(near.reshape(n, -1, block + 12), band).view(n, channels, size, size).transpose(2, 3)
-    return x
+    weight = torch.softmax(-0.5 * (taps / sigma) ** 2, 3).to(x.dtype)     # (N, 1, 1, 13)
+    x = F.pad(x, (6, 6, 6, 6), mode="reflect").transpose(0, 1)            # images as channels
+    x = F.conv2d(x, weight, groups=n)                                     # (3, N, S + 12, S)
+    x = F.conv2d(x, weight.transpose(2, 3), groups=n)
+    return x.transpose(0, 1)
 
 
-# ---------------------------------------------------------------------- the view for evaluation
+# ------------------------------------------------- the view for evaluation
 
 class CenterView:
-    """Item index -> (3, S, S) uint8, label, index: short side to 256/224 of S, centre crop; S <= 64: plain resize."""
+    """Item index -> (3, S, S) uint8, label, index: the short side to 256/224 of S, central crop.
+
+    S <= 64: a plain resize.
+    """
 
     def __init__(self, dataset, image_size):
         self.dataset, self.size = dataset, image_size
@@ -537,96 +266,432 @@ class CenterView:
         image, label = self.dataset[index]
         size = self.size
         if size <= SMALL:
-            image = image if image.shape[1:] == (size, size) else TF.resize(image, [size, size], antialias=True)
+            image = TF.resize(image, [size, size], antialias=True)
         else:
-            image = TF.center_crop(TF.resize(image, [round(size * 256 / 224)], antialias=True), [size, size])
+            image = TF.resize(image, [round(size * 256 / 224)], antialias=True)
+            image = TF.center_crop(image, [size, size])
         return image, label, int(index)
 
 
 def normalize(images):
-    """(N, 3, S, S) uint8 -> float, channels_last, ImageNet mean and std: `augment` with nothing to do."""
+    """(N, 3, S, S) uint8 -> float, channels_last: `augment` with nothing to do."""
     params = torch.zeros(len(images), 8)
     params[:, BRIGHTNESS:HUE] = 1
     return augment(images, params)
 
 
-# ---------------------------------------------------------------------- pictures, and this file as a program
+# ------------------------------------------------- datasets
 
-def outlive_signals(_):
-    """For loader workers: Ctrl-C and SIGTERM reach the whole process group, but the trainer decides what to do, and it may
-    still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+TORCHVISION = ("cifar10", "cifar100", "stl10")
+NAMES = ("shapes", *TORCHVISION)               # whatever else is passed as --data is a folder
 
 
-def draw_view_pairs(two_views, path, count=8):
-    """Write a picture: for each of `count` images a column with its two views of epoch 0."""
-    count = min(count, len(two_views))
-    indices = keyed_permutation(len(two_views), SAMPLE, two_views.seed)[:count]
-    crops, params, _ = collate(two_views.__getitems__([(0, int(i)) for i in indices]))
-    write_grid(augment(crops.flatten(0, 1), params.flatten(0, 1)), path, columns=count)
+class Images:
+    """(uint8 tensor (3, H, W), label) by index; labels (N,) int64, -1 for none; class names.
+
+    `pictures`: a tensor (N, 3, H, W), or paths below `root`. `left_out` counts, by extension, the
+    files of the folder that are no images.
+    """
+
+    def __init__(self, name, pictures, labels, classes, root="", left_out=()):
+        self.name, self.labels, self.classes, self.root = name, labels, classes, root
+        self.left_out = dict(left_out)
+        if torch.is_tensor(pictures):
+            self.pictures, content = pictures, pictures.numpy()
+        else:
+            # One array: a million strings would be copied by every loader worker.
+            self.pictures = np.array([os.fsencode(path) for path in pictures])
+            content = b"\n".join(self.pictures.tolist())
+        self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        picture = self.pictures[index]
+        if not torch.is_tensor(picture):
+            picture = read_image(self.path(index))
+        return picture, int(self.labels[index])
+
+    def path(self, index):
+        """Where a picture lies; "" for one in memory."""
+        if torch.is_tensor(self.pictures):
+            return ""
+        return os.path.join(self.root, os.fsdecode(bytes(self.pictures[index])))
+
+    def without(self, indices):
+        """The same dataset less some images (of a folder)."""
+        keep = np.setdiff1d(np.arange(len(self)), indices)
+        paths = [os.fsdecode(bytes(path)) for path in self.pictures[keep]]
+        return Images(self.name, paths, self.labels[keep], self.classes, self.root, self.left_out)
 
 
-def write_grid(images, path, columns):
-    """Normalised float images (N, 3, S, S) -> one PNG, enlarged to about 96 px an image."""
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (MEAN, STD))
-    grid = make_grid((images * std + mean).clamp(0, 1).cpu().float(), nrow=columns, padding=2, pad_value=1.0)
-    picture = Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    factor = max(1, round(96 / images.shape[2]))
-    picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST).save(path)
+def load_dataset(name_or_path, split, classes=True):
+    """An `Images` of "shapes", "cifar10", "cifar100", "stl10", or of a folder of images.
+
+    A folder has train/ and val/ (or test/) inside, in any usual spelling, or is any tree. The
+    class is the first folder below the split; an image in none, and with classes=False every
+    image, has label -1. `split`: "train" or "val". Raises UserError where nothing can be read.
+    """
+    if name_or_path == "shapes":
+        return draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
+    if name_or_path in TORCHVISION:
+        return load_torchvision(name_or_path, split)
+    train, val = find_splits(name_or_path)
+    folder = train if split == "train" else val
+    if folder is None:
+        raise UserError(f"{name_or_path!r} has no val split: it needs a folder val or test beside "
+                        f"train")
+    paths, left_out = find_images(folder)
+    if not paths:
+        raise UserError(f"no images in {folder!r}" + (f": found {count_words(left_out)}"
+                                                      if left_out else ""))
+    found = [path.split(os.sep)[0] if classes and os.sep in path else "" for path in paths]
+    names = set(found)
+    if classes and split == "val":             # val's classes are numbered as train's
+        names = {path.split(os.sep)[0] for path in find_images(train)[0] if os.sep in path}
+    names = sorted(names - {""})
+    strange = sorted(set(found) - set(names) - {""})
+    if strange:
+        raise UserError(f"{folder!r} has a class {strange[0]!r} that {train!r} has not: name the "
+                        f"class folders of both splits alike")
+    if len(names) > 1 and all(re.match(TRAIN + "|" + VAL, name, re.I) for name in names):
+        raise UserError(f"the folders of {folder!r} look like splits, not like classes "
+                        f"({', '.join(names[:3])}): name one of them train, or pass --classes none")
+    numbers = {name: i for i, name in enumerate(names)} | {"": -1}
+    labels = torch.tensor([numbers[name] for name in found])
+    root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
+    return Images(root_name, paths, labels, names, folder, left_out)
 
 
-def describe(name):
-    """Print what load_dataset finds, decoding every file, and draw view pairs of the train split."""
-    for split in ("train", "val"):
-        if split == "val" and not has_val(name):
-            print("val: none (lineval.py holds out a fifth of the labelled images)")
+TRAIN = r"(train|training)(19|20)?\d?\d?$"     # as in train2017
+VAL = r"(val|valid|validation|test|testing)(19|20)?\d?\d?$"
+
+
+def find_splits(path):
+    """The folders of (train, val) of a dataset folder; val is None where there is none."""
+    root = os.path.realpath(path) if path else ""
+    if not os.path.isdir(root):
+        what = "is a file" if os.path.exists(root) else "does not exist, or is forbidden to read"
+        raise UserError(f"--data {path!r} {what}: pass a folder of images or one of "
+                        f"{', '.join(NAMES)}")
+    try:
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"cannot list {root!r}: {error.strerror}") from None
+    train = [name for name in folders if re.match(TRAIN, name, re.I)]
+    val = [name for name in folders if re.match(VAL, name, re.I)]
+    val.sort(key=lambda name: not name.lower().startswith("val"))        # val before test
+    if len(train) > 1:
+        raise UserError(f"{root!r} has several training splits ({', '.join(train)}): pass --data "
+                        f"with one of them")
+    if not train:
+        return root, None
+    return os.path.join(root, train[0]), os.path.join(root, val[0]) if val else None
+
+
+def has_val(name):
+    """Whether a dataset has a val split of its own."""
+    return name in NAMES or find_splits(name)[1] is not None
+
+
+def load_torchvision(name, split, root="datasets"):
+    """CIFAR and STL-10 by torchvision, downloaded into `root`; STL-10's train split includes its
+    unlabelled images."""
+    try:
+        if name == "stl10":
+            part = "train+unlabeled" if split == "train" else "test"
+            source = tv_datasets.STL10(root, part, download=True)
+            pictures, labels = source.data, source.labels
+        else:
+            kind = tv_datasets.CIFAR10 if name == "cifar10" else tv_datasets.CIFAR100
+            source = kind(root, train=split == "train", download=True)
+            pictures, labels = source.data.transpose(0, 3, 1, 2), source.targets
+    except (OSError, RuntimeError) as error:   # URLError is an OSError
+        raise UserError(f"cannot download {name} into {root}/ ({error}): connect to the network, "
+                        f"put its archive there, or pass --data PATH with images") from None
+    pictures = torch.from_numpy(np.ascontiguousarray(pictures))
+    return Images(name, pictures, torch.as_tensor(np.array(labels)).long(), list(source.classes))
+
+
+# ------------------------------------------------- files
+
+# Pillow's raster formats: never one that would start another program, as EPS does.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO",
+           "MPO")
+OURS = {"args.json", "lineval.json"}           # a folder with one of them was written by us
+
+
+def find_images(folder):
+    """Sorted paths of the images at any depth, relative to `folder`; counts of what is left out.
+
+    A file is an image if its extension is one of Pillow's for `FORMATS`, or else if its first
+    bytes are. Hidden files, links to a folder that they lie in, and what these scripts write are
+    passed over. Raises UserError for a folder that cannot be listed.
+    """
+    def refuse(error):
+        raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
+
+    Image.init()
+    extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
+    paths, left_out = [], Counter()
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if OURS.intersection(files):
+            folders.clear()
             continue
-        dataset = load_dataset(name, split)
-        modes, sizes, broken = {}, [], []
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and name != "lost+found" and not leads_back(os.path.join(where, name))]
+        for name in files:
+            path = os.path.join(where, name)
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or name == "view_pairs.png":
+                continue
+            if extension in extensions or starts_like_an_image(path):
+                paths.append(os.path.relpath(path, folder))
+            else:
+                left_out[extension or "without extension"] += 1
+    return sorted(paths), left_out
 
-        def check(i):
-            try:
-                if isinstance(dataset, Files):
-                    with Image.open(dataset.path(i)) as file:
-                        mode = f"{file.format} {file.mode}"
-                else:
-                    mode = "RGB in memory"
-                return mode, dataset[i][0].shape[1:]
-            except Exception:
-                return None
 
-        with ThreadPoolExecutor() as pool:
-            for i, found in enumerate(pool.map(check, range(len(dataset)))):
-                if found is None:
-                    broken.append(dataset.path(i))
-                else:
-                    modes[found[0]] = modes.get(found[0], 0) + 1
-                    sizes.append(tuple(found[1]))
-        counts = torch.bincount(dataset.labels[dataset.labels >= 0], minlength=len(dataset.classes)).tolist()
-        unlabelled = int((dataset.labels < 0).sum())
-        print(f"{split}: {len(dataset)} images of {dataset.name}"
-              + (f", {len(dataset.classes)} classes of {min(counts)} to {max(counts)} images" if dataset.classes else "")
-              + (f", {unlabelled} without a label" if unlabelled else ""))
-        if sizes:
-            heights, widths = np.array(sizes).T
-            print(f"  height {heights.min()} to {heights.max()} px (median {np.median(heights):.0f}), "
-                  f"width {widths.min()} to {widths.max()} px (median {np.median(widths):.0f})")
-            print("  " + ", ".join(f"{mode}: {count}" for mode, count in sorted(modes.items())))
-        print(f"  files that cannot be read: {len(broken)}" + "".join(f"\n    {path}" for path in broken))
-        if split == "train":
-            train, bad = dataset, bool(broken)
-    if bad:
-        raise UserError("no view pairs drawn: remove or replace the files named above first")
-    draw_view_pairs(TwoViews(train, default_image_size(train)), "view_pairs.png")
-    print("view pairs, one image a column: view_pairs.png")
+def leads_back(path):
+    """Whether a link leads to a folder that it lies in: following it would never end."""
+    if not os.path.islink(path):
+        return False
+    target, parent = os.path.realpath(path), os.path.dirname(path)
+    while parent != os.path.dirname(parent):
+        if os.path.realpath(parent) == target:
+            return True
+        parent = os.path.dirname(parent)
+    return False
+
+
+def starts_like_an_image(path):
+    try:
+        if os.path.isfile(path):               # a named pipe would never answer
+            Image.open(path, formats=FORMATS).close()
+            return True
+    except Exception:
+        pass
+    return False
+
+
+def count_words(counts):
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def read_image(path):
+    """Decode an image file to RGB, (3, H, W) uint8; alpha and EXIF rotation are ignored, as by
+    torchvision's loader. Of 16 bits the upper 8 count.
+
+    JPEG is decoded by torchvision, everything else by Pillow. Raises UserError: with the system's
+    words where the file cannot be had, with the decoder's where it is no image.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path!r}: it is no longer there, or no regular file")
+    try:
+        with open(path, "rb") as file:
+            encoded = file.read()
+    except OSError as error:                   # the machine's fault, not the picture's
+        raise UserError(f"cannot read {path!r}: {error.strerror}") from None
+    # torchvision would fill up in silence what is missing at the end of a JPEG.
+    if encoded[:2] == b"\xff\xd8" and b"\xff\xd9" in encoded[-65536:]:
+        try:
+            content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+            return decode_jpeg(content, ImageReadMode.RGB)
+        except RuntimeError:                   # CMYK, or damaged: Pillow knows
+            pass
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if file.mode.startswith("I;16") or (file.mode, file.format) == ("I", "PPM"):
+                file = Image.fromarray((np.array(file) >> 8).astype(np.uint8))
+            if file.mode in ("I", "F"):
+                raise ValueError(f"mode {file.mode}: the range of its numbers is unknown")
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+    except MemoryError:
+        raise UserError(f"cannot read {path!r}: out of memory") from None
+    except Exception as error:                 # Pillow raises many types, SyntaxError too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path!r} cannot be decoded ({reason}): replace it, or train without "
+                        f"such files by --skip-unreadable") from None
+
+
+def find_unreadable(dataset):
+    """Decode every file -> {index: its UserError}; a line on the terminal every ten seconds."""
+    def error_of(index):
+        try:
+            dataset[index]
+        except UserError as error:
+            return error
+
+    unreadable, progress = {}, Progress("reading all images", len(dataset))
+    with ThreadPoolExecutor() as pool:
+        for index, error in enumerate(pool.map(error_of, range(len(dataset)))):
+            if error:
+                unreadable[index] = error
+            progress.show(index + 1)
+    return unreadable
+
+
+# ------------------------------------------------- shapes: a dataset that needs no file
+
+TILE, TILES = 24, 3       # a picture is 3 x 3 copies of one shape, each in a tile of 24 px
+AREA = 1.2                # every shape has this area, or the amount of ink would tell the class
+
+
+def signed_distances(u, v):
+    """name -> (distance from the outline, negative inside; area); u, v are about -1 to 1."""
+    a, b = u.abs(), v.abs()
+    r = (u ** 2 + v ** 2).sqrt()
+    inner, outer = torch.minimum(a, b), torch.maximum(a, b)
+    ray = r * (1 + 0.4 * torch.cos(5 * torch.atan2(u, v)))
+    moon = 0.65 - ((u - 0.4) ** 2 + v ** 2).sqrt()
+    return {
+        "disc": (r - 0.8, 2.01),
+        "ring": ((r - 0.66).abs() - 0.2, 1.66),
+        "square": (outer - 0.72, 2.07),
+        "frame": ((outer - 0.62).abs() - 0.18, 1.79),
+        "triangle": (torch.maximum(0.866 * a - 0.5 * v, v) - 0.48, 1.20),
+        "plus": (torch.maximum(inner - 0.2, outer - 0.9), 1.29),
+        "cross": (torch.maximum((a - b).abs() * 0.7 - 0.2, r - 0.95), 1.36),
+        "diamond": (0.7 * (a + b) - 0.62, 1.57),
+        "bars": (torch.maximum(torch.minimum(b, (b - 0.66).abs()) - 0.16, a - 0.8), 1.53),
+        "crescent": (torch.maximum(r - 0.85, moon), 1.14),
+        "hourglass": (torch.maximum(0.7 * (a - b), b - 0.8), 1.28),
+        "star": (0.8 * (ray - 0.62), 1.57),
+    }
+
+
+SHAPES = list(signed_distances(torch.zeros(()), torch.zeros(())))
+
+
+def draw_shapes(count, seed, size=TILE * TILES):
+    """`count` pictures of `size` px: 3 x 3 copies of one shape, which is the class, gray on gray.
+
+    Every copy has its own size, angle and place; the area of ink is the same everywhere. So any
+    crop shows the class, and nothing else that two crops of a picture share tells as much.
+    """
+    rng = generator(DRAWING, seed)
+    labels = torch.from_numpy(rng.permutation(count) % len(SHAPES))
+    draws = torch.from_numpy(rng.random((count, TILES * TILES, 4), dtype=np.float32))
+    parts = [draw_lattices(*part) for part in zip(labels.split(256), draws.split(256))]
+    pictures = torch.cat(parts)
+    if size != TILE * TILES:
+        pictures = TF.resize(pictures, [size, size], antialias=True)
+    return Images("shapes", pictures, labels, SHAPES)
+
+
+def draw_lattices(labels, draws):
+    """labels (n,), draws (n, 9, 4) in [0, 1): size, angle, x, y -> (n, 3, 72, 72) uint8."""
+    n = len(labels)
+    ink = torch.empty(n, TILES * TILES, TILE, TILE)
+    grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1                      # pixels of a tile
+    _, areas = zip(*signed_distances(torch.zeros(()), torch.zeros(())).values())
+    for label in labels.unique().tolist():
+        mine = labels == label
+        scale, angle, x, y = draws[mine][..., None, None].unbind(2)       # (m, 9, 1, 1) each
+        radius = (0.55 + 0.4 * scale) * (AREA / areas[label]) ** 0.5      # in half tiles
+        turn = (2 * angle - 1) * math.radians(20)
+        room = (1 - radius).clamp(min=0)
+        dx = grid[None, :] - (2 * x - 1) * room                           # from the copy's centre
+        dy = grid[:, None] - (2 * y - 1) * room
+        u = (turn.cos() * dx + turn.sin() * dy) / radius
+        v = (turn.cos() * dy - turn.sin() * dx) / radius
+        distance, _ = signed_distances(u, v)[SHAPES[label]]
+        pixels = distance * TILE / 2 * radius                             # the edge: 1 px soft
+        ink[mine] = (0.5 - pixels).clamp(0, 1)
+    rows = ink.view(n, TILES, TILES, TILE, TILE).transpose(2, 3)
+    picture = 0.3 + 0.4 * rows.reshape(n, 1, TILES * TILE, TILES * TILE)
+    return (255 * picture).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+# ------------------------------------------------- what all scripts share
+
+def default_workers():
+    """Half the cores of a training process on a CPU, which needs the others; all but one beside
+    a GPU."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores - 1 if torch.cuda.is_available() else cores // 2)
 
 
 def default_image_size(dataset):
-    """224 px, or what the images have if that is less: the median short side of 16 of them, in multiples of 8."""
-    picks = keyed_permutation(len(dataset), SAMPLE, 0)[:16]
-    short = int(np.median([min(dataset[int(i)][0].shape[1:]) for i in picks]))
+    """224 px, or less where the images have less: the median short side of 16, in eights."""
+    picks = permutation(len(dataset), SAMPLE, 0)[:16].tolist()
+    short = int(np.median([min(dataset[index][0].shape[1:]) for index in picks]))
     return min(224, max(16, short // 8 * 8))
+
+
+def draw_view_pairs(two_views, path, count=8):
+    """A picture: for each of `count` images a column of the original and its two views."""
+    picks = permutation(len(two_views), SAMPLE, two_views.seed)[:count].tolist()
+    crops, params, _ = collate([two_views[0, index] for index in picks])
+    originals = [CenterView(two_views.dataset, two_views.size)[index][0] for index in picks]
+    rows = [normalize(torch.stack(originals))]
+    rows += [augment(view, view_params) for view, view_params in zip(crops, params)]
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    images = (torch.cat(rows).float() * std + mean).clamp(0, 1)
+    grid = make_grid(images, nrow=len(picks), padding=2, pad_value=1.0)
+    picture = TF.to_pil_image(grid)
+    factor = max(1, round(96 / two_views.size))
+    picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
+
+
+def iterate(dataset, batches, workers, *, batch_bytes, collate_fn=None, pin_memory=False):
+    """Yield what a loader makes of each list of items in `batches`.
+
+    Raises UserError where workers would run out of shared memory, are killed, or hang.
+    """
+    needed, free = 2 * workers * batch_bytes, math.inf
+    if os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, {free >> 20} "
+                         f"are free: pass fewer --workers (0: none), or docker run --shm-size")
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate_fn,
+                        worker_init_fn=outlive_signals, pin_memory=pin_memory,
+                        timeout=LOADER_TIMEOUT if workers else 0)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise LocalError(f"the loader failed ({str(error).splitlines()[0][:80]}): a worker was "
+                         f"killed, most likely for want of memory, or the disk does not answer; "
+                         f"fewer --workers need less") from None
+
+
+def outlive_signals(_):
+    """For loader workers: Ctrl-C and SIGTERM reach them too, but the trainer decides, and may
+    still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def say(*words):
+    """Print on the first process. A terminal that is gone must not cost the run."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(*words, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Progress:
+    """A line on the terminal at most every ten seconds: what, how much, how long still."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.start = what, total, time.monotonic()
+        self.shown = self.start
+
+    def show(self, done):
+        now = time.monotonic()
+        if now - self.shown > 10 and done:
+            self.shown = now
+            left = (now - self.start) / done * (self.total - done)
+            say(f"{self.what}: {done:,} of {self.total:,}, {left:.0f} s left")
 
 
 @contextlib.contextmanager
@@ -635,27 +700,59 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room, or choose another folder, and give the same "
-                        f"command again; what was saved before is whole") from None
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror}): make room, or choose "
+                        f"another folder, and give the same command again") from None
 
 
 def last_line(error):
-    """The message of an error, without the traceback that a loader worker puts before it."""
+    """An error's message; a loader worker's comes with its traceback in front."""
     return str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
 
 
 def exit_with(error):
-    """Print one line for a UserError and exit with code 2; of several processes with the same error the first prints."""
-    traceback.clear_frames(error.__traceback__)     # lets go of loaders, whose workers would hold up the exit
-    if os.environ.get("RANK", "0") == "0" or getattr(error, "from_one_process", False):
+    """Print one line for a UserError and exit with code 2; of several processes one prints."""
+    traceback.clear_frames(error.__traceback__)     # or a loader's workers would hold up the exit
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
         print("error: " + last_line(error), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
+def describe(name):
+    """Print what load_dataset finds, decode every file, and draw view pairs of the train split."""
+    for split in ("train", "val") if has_val(name) else ("train",):
+        dataset = load_dataset(name, split)
+        print(f"{split}: {len(dataset)} images in {dataset.root or name}")
+        known = dataset.labels[dataset.labels >= 0]
+        if len(known):
+            counts = torch.bincount(known, minlength=len(dataset.classes))
+            print(f"  {len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, ...) of "
+                  f"{counts.min()} to {counts.max()} images")
+        if len(known) < len(dataset):
+            print(f"  without a label: {len(dataset) - len(known)}")
+        if dataset.left_out:
+            print(f"  left out, since no image: {count_words(dataset.left_out)}")
+        unreadable = find_unreadable(dataset)
+        print(f"  files that cannot be read: {len(unreadable)}")
+        for error in unreadable.values():
+            print(f"    {error}")
+        good = dataset.without(list(unreadable)) if unreadable else dataset
+        if split == "train" and len(good):
+            size = default_image_size(good)
+            picks = permutation(len(good), SAMPLE, 1)[:64].tolist()
+            dark = sum(int(good[index][0].max()) < 20 for index in picks)
+            if dark:
+                print(f"  nearly black: {dark} of {len(picks)} looked at (12 bits stored in 16? "
+                      f"convert them to 8)")
+            draw_view_pairs(TwoViews(good, size), "view_pairs.png")
+            print(f"  {size} px by default; originals over their two views: view_pairs.png")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        exit_with(UserError(f"usage: python data.py PATH (in quotes if it has spaces), or one of {', '.join(NAMES)}"))
     try:
+        if len(sys.argv) != 2:
+            raise UserError(f"usage: python data.py PATH, or one of {', '.join(NAMES)}")
         describe(sys.argv[1])
-    except UserError as error:
-        exit_with(error)
+    except UserError as user_error:
+        exit_with(user_error)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

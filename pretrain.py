@@ -1,12 +1,15 @@
 """Stage 1: pretrain a small network by contrastive learning, without a teacher and without labels.
 
-    python pretrain.py                                                   # a demo on drawn shapes: no data, no GPU
-    python pretrain.py --data PATH --arch resnet18 --recipe small        # your own folder of images
+    python pretrain.py                                             # drawn shapes: no data, no GPU
+    python pretrain.py --data PATH --arch resnet18 --recipe small  # your own folder of images
     torchrun --nproc_per_node=8 pretrain.py --arch mobilenetv3_large --data /path/to/imagenet
-    python pretrain.py --dry-run ...                                     # a few steps: speed, memory, time it would take
+    python pretrain.py --dry-run ...                               # a few steps: speed, memory, time
 
-MoCo (arXiv 1911.05722) with the recipes of two papers on small networks, [Light] arXiv 2212.07158 and [Small] arXiv
-2107.14762, in the table below. The same command, given again, continues an interrupted run. Then: python lineval.py
+MoCo (arXiv 1911.05722): a query encoder learns to find, among many keys, the key of its image's
+other view. The keys come from a second encoder, a slow average of the first, so that a queue of
+old keys stays comparable. The recipes are those of two papers on small networks, [Light]
+arXiv 2212.07158 and [Small] arXiv 2107.14762. The same command, given again, continues an
+interrupted run. Then: python lineval.py
 """
 import argparse
 import copy
@@ -16,152 +19,781 @@ import io
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import sys
 import time
 import traceback
-import warnings
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import data
-from data import UserError
-from lineval import extract_features, in_turn, knn_accuracy, labelled_splits, load_file, load_weights, own_device
-from loss import WEIGHTINGS, soft_info_nce
+import lineval
+from data import UserError, say
+from lineval import draw_curve, load_file, load_weights, own_device
+from loss import TIERS, WEIGHTINGS, soft_info_nce
 from models import ARCHS, Encoder
 
-# One column a recipe, one row a setting and a flag. Learning rates are per 256 images and grow with the global batch.
-# [Light]'s run name has lr 0.12 at batch 512 and weight decay 1e-4 for the sum of both directions; with our mean that is
-# 0.12 per 256 and 5e-5.
-RECIPES = ("moco_v2", "small", "light")
-TABLE = {
-    # setting         moco_v2              small                light
-    "symmetric":     (False,               False,               True),    # loss in both directions; [Light]'s run name
-    "lr":            (0.03,                0.03,                0.12),    # MoCo v2; [Small]; [Light], as above
-    "warmup_epochs": (0.0,                 0.0,                 3.0),     # [Light]'s run name
-    "weight_decay":  (1e-4,                1e-4,                5e-5),    # MoCo v2; [Small]; [Light], as above
-    "temperature":   (0.2,                 0.1,                 0.1),     # MoCo v2; [Small]; [Light]'s run name
-    "hidden_dim":    ("1x",                "2x",                "2048"),  # "2x": twice the feature's; MoCo v2; [Small]; [Light]
-    "jitter":        ((.4, .4, .4, .1),    (.8, .8, .8, .4),    (.4, .4, .4, .1)),   # brightness, contrast, saturation, hue
-    "gray_p":        (0.2,                 0.5,                 0.2),     # MoCo v2; [Small]; MoCo v2's
-    "batch_size":    (256,                 512,                 512),     # global; MoCo v2; [Small]; [Light]'s run name
-    "epochs":        (200,                 800,                 200),     # on ImageNet
-    "smoothing":     (0.0,                 0.0,                 0.1),     # the idea: [Light]; its weight, unpublished: ours
-    "neighbors":     (0,                   0,                   20),      # queue entries that share the smoothing: ours
-    "weighting":     ("uniform",           "uniform",           "uniform"),
-    "sgd_momentum":  (0.9,                 0.9,                 0.9),     # from here on MoCo v2's for all three
-    "queue_size":    (65536,               65536,               65536),
-    "key_momentum":  (0.999,               0.999,               0.999),
-    "dim":           (128,                 128,                 128),
-    "min_scale":     (0.2,                 0.2,                 0.2),     # least share of the image in a crop
-    "jitter_p":      (0.8,                 0.8,                 0.8),
-    "blur_p":        (0.5,                 0.5,                 0.5),     # sigma 0.1 to 2 pixels
-    "bn_splits":     (8,                   8,                   8),       # the papers' 8 GPUs
+# ------------------------------------------------- recipes
+
+MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
+    symmetric=False,        # one direction: the first view asks, the second answers
+    lr=0.03,                # per 256 images; grows with the global batch
+    warmup_epochs=0.0,      # then a cosine to 0
+    weight_decay=1e-4,
+    sgd_momentum=0.9,
+    batch_size=256,         # global, whatever the number of processes
+    epochs=200,
+    temperature=0.2,
+    smoothing=0.0,          # the share of the target that neighbours in the queue get
+    smoothing_schedule="constant",
+    neighbors=0,            # how many share it
+    weighting="uniform",    # and how, see loss.py
+    queue_size=65536,
+    key_momentum=0.999,     # of the key encoder, a step
+    dim=128,                # of the embedding
+    hidden_dim="1x",        # of the projection head: a width, or one in feature widths
+    min_scale=0.2,          # least share of the image in a crop
+    jitter=[0.4, 0.4, 0.4, 0.1],     # brightness, contrast, saturation, hue
+    jitter_p=0.8,
+    gray_p=0.2,
+    blur_p=0.5,             # sigma 0.1 to 2 pixels
+    bn_splits=8,            # batch-norm slices of the global batch: the paper's 8 GPUs
+)
+RECIPES = {
+    "moco_v2": MOCO_V2,
+    # [Small]'s released command. It starts from two epochs of distillation: without such --init
+    # this is not that paper's row, and with it not free of a teacher.
+    "small": MOCO_V2 | dict(temperature=0.1, hidden_dim="2x", batch_size=512, epochs=800,
+                            jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
+    # [Light]: direction, temperature, lr, warm-up and head from the only settings string in its
+    # code, a baseline without smoothing; batch and epochs are that code's defaults. Its loss is
+    # the sum of both directions with decay 1e-4; ours is their mean, with half of it. Weight and
+    # neighbours of the smoothing are ours: the code does not say which gave the paper's numbers.
+    "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
+                            temperature=0.1, hidden_dim="2048", batch_size=512,
+                            smoothing=0.1, neighbors=20),
 }
-# [Small]'s released command also starts from weights distilled from a teacher (SEED, arXiv 2101.04731): without --init,
-# `small` is not that paper's row; with it, it is not free of a teacher.
-
-# Smaller datasets: fewer images a batch, a queue well below the dataset, a faster key encoder, more epochs. Ours, but
-# for 200,000: MoCo's CIFAR-10 notebook. lr changes `light` alone: held-out images chose it, in the third row (README,
-# Results). Applied over the recipe and under the command line.
-SCALES = {
-    500:     dict(batch_size=32, queue_size=64, key_momentum=0.99, lr=0.03, epochs=400),
-    2_000:   dict(batch_size=64, queue_size=256, key_momentum=0.99, lr=0.03, epochs=400),
-    20_000:  dict(batch_size=128, queue_size=1024, key_momentum=0.99, lr=0.03, epochs=200),
-    200_000: dict(batch_size=512, queue_size=4096, key_momentum=0.99, lr=0.03, epochs=200),
-}
-# The demo on shapes: minutes on 2 cores. Crops and flips alone, since its pictures have no colour to be robust to, and a
-# gentle temperature and learning rate, with which a few hundred steps are enough.
-SHAPES = dict(batch_size=128, queue_size=1024, key_momentum=0.99, epochs=8, warmup_epochs=0.5, lr=0.03, temperature=0.2,
-              jitter_p=0.0, gray_p=0.0, blur_p=0.0)
-
-# Between the parts of one resumed run:
-MAY_DIFFER = {"data", "workers", "log_every", "save_minutes", "knn_every", "compile"}
-DRY_STEPS = 3, 10    # of --dry-run, at least: not timed, timed
-# What a run's folder may hold, lineval.py's files too. A new start removes it; last args.json, which marks it ours.
-WRITTEN = ("last.pt", "log.csv", "backbone.pt", "backbone.json", "views.png", "lineval.json", "lineval-*.json",
-           "neighbors.png", "neighbors-*.png", "map.png", "map-*.png", "soft_positives.png", "args.json")
-AGREE_EVERY = 5      # steps between looks at what other processes want (stop, save); alone, every step
-KNN_TRAIN, KNN_VAL = 50_000, 10_000      # at most so many images for the kNN during training
-LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread", "same_class", "same_class_chance",
-       "smoothing", "lr", "knn_backbone", "knn_head", "images_per_s", "data_wait", "hours_left")
 
 
-# ---------------------------------------------------------------------- settings
+def scale_to(images, args):
+    """What a dataset of up to 200,000 images overrides in a recipe: ours, see assets/RESULTS.md.
 
-def read_flags(argv):
-    """Command line -> namespace; settings of the table are None where not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="recipes: " + " | ".join(RECIPES) + "; smaller datasets change some of it")
-    parser.error = lambda message: data.exit_with(UserError(message))
+    The key encoder remembers 1 / (1 - momentum) steps: too many for a short run, whose network
+    has moved on by then. So its memory is the square root of the run's steps (MoCo's 0.999 is that
+    for a million), and the queue is as old as a tenth of this memory, so that its keys agree.
+    """
+    if args.data == "shapes":
+        scale = dict(batch_size=128, epochs=8, warmup_epochs=0.5, lr=0.06, temperature=0.2,
+                     jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+    else:
+        sizes = {500: (32, 400), 2_000: (64, 400), 20_000: (128, 200), 200_000: (512, 200)}
+        fitting = [size for size in sizes if images <= size]
+        if not fitting:
+            return {}
+        batch_size, epochs = sizes[min(fitting)]
+        scale = dict(batch_size=batch_size, epochs=epochs, lr=0.03)
+    batch_size = args.batch_size or scale["batch_size"]
+    steps = (args.epochs or scale["epochs"]) * (images // batch_size)
+    memory = min(1000, max(2, math.sqrt(max(steps, 0))))
+    symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
+    keys_a_step = batch_size * (2 if symmetric else 1)
+    queue_size = round(keys_a_step * max(1, memory / 10))
+    return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=min(65536, queue_size))
+
+
+# ------------------------------------------------- the method
+
+class KeyQueue:
+    """The last `size` keys, a ring: keys (K, D) unit rows, random at first; index (K,) of their
+    images, -1 at first."""
+
+    def __init__(self, size, dim, seed=0, device="cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.randn(size, dim, generator=generator)
+        self.keys = F.normalize(keys, dim=1).to(device)
+        self.index = torch.full((size,), -1, device=device)
+        self.pointer = 0
+
+    @torch.no_grad()
+    def enqueue(self, keys, index):
+        """Overwrite the oldest: keys (B, D), index (B,); of more than `size` the last stay."""
+        size = len(self.keys)
+        rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device) % size
+        self.keys[rows[-size:]] = keys[-size:].to(self.keys.dtype)
+        self.index[rows[-size:]] = index[-size:]
+        self.pointer = (self.pointer + len(keys)) % size
+
+
+@torch.no_grad()
+def ema_update(encoder, key_encoder, m):
+    """key = m * key + (1 - m) * query, for the parameters; buffers come from own forwards."""
+    torch._foreach_lerp_(list(key_encoder.parameters()), list(encoder.parameters()), 1 - m)
+
+
+@torch.no_grad()
+def encode_keys(key_encoder, view, order):
+    """This process's views (n, 3, S, S) -> keys (N, D) of the whole global batch, in its order.
+
+    Batch norm would let a query recognise its key if both were normalised in the same company. So
+    the slices of the key batch are cut from `order`, a permutation (N,) of the global batch.
+    """
+    views = gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)     # stays channels_last
+    mine = own_part(order)                                           # (n,)
+    keys = gather(key_encoder(views[mine]))                          # (N, D), permuted
+    return keys[order.argsort()]
+
+
+def lr_at(step, per_epoch, args):
+    """Linear warm-up, then a cosine to 0: a function of the step alone."""
+    peak = args.lr * args.batch_size / 256
+    warm = round(args.warmup_epochs * per_epoch)
+    if step < warm:
+        return peak * (step + 1) / warm
+    share = (step - warm) / max(1, args.epochs * per_epoch - warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def smoothing_at(step, per_epoch, args):
+    """0 until the warm-up is over and the queue holds real keys only; then constant, or
+    [Light]'s ramp of half a cosine over the whole run."""
+    real_keys = step * args.batch_size * (2 if args.symmetric else 1)
+    if step < args.warmup_epochs * per_epoch or real_keys < args.queue_size:
+        return 0.0
+    if args.smoothing_schedule == "constant":
+        return args.smoothing
+    share = step / (args.epochs * per_epoch)
+    return args.smoothing * 0.5 * (1 - math.cos(math.pi * share))
+
+
+def pretrain(args, stop):
+    """Train as `args` say. `stop` tells when somebody wants it to end early."""
+    # -- processes, device, data
+    rank, world = start_processes()
+    device = own_device()
+    typed = vars(args).copy()
+    dataset = lineval.in_turn(args.data, lambda: data.load_dataset(args.data, "train",
+                                                                   args.classes != "none"))
+    if args.skip_unreadable:
+        dataset = skip_unreadable(dataset)
+    resolve(args, dataset)
+    check(args, len(dataset), world)
+    amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_amp(args.amp))
+    view_dtype = amp_dtype or torch.get_default_dtype()
+    per_epoch = len(dataset) // args.batch_size
+    total_steps = args.epochs * per_epoch
+    labels = dataset.labels.to(device)
+    splits = splits_for_knn(args, dataset)
+
+    # -- the two encoders, the queue, the optimizer
+    torch.manual_seed(args.seed)
+    slice_size = args.batch_size // args.bn_splits
+    encoder = Encoder(args.arch, args.dim, args.hidden_dim, args.image_size <= data.SMALL,
+                      slice_size)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    run = Path(args.out or default_run(args, typed, dataset))
+    checkpoint = None if args.dry_run else open_run(run, args, dataset)
+    if args.init and not checkpoint:
+        load_weights(encoder.backbone, args.init)
+    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
+    # Not fused with fp16: torch's fused SGD keeps a momentum that was never set where the scaler
+    # skips the first step.
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.sgd_momentum,
+                                weight_decay=args.weight_decay, fused=amp_dtype != torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    first_step = 0
+    if checkpoint:
+        first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
+    query_encoder = distribute(encoder, device) if world > 1 else encoder
+    if args.compile:
+        for part in (encoder, key_encoder):
+            part.backbone.compile()            # in place: the state dict keeps its names
+        data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
+
+    # -- the views, batch by batch
+    views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
+                          jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
+                          blur_p=args.blur_p)
+    last_step = total_steps
+    if args.dry_run:
+        timed_from = first_step + max(3, 2 * args.workers + 1)       # two lie ready a worker
+        last_step = timed_from + max(10, 2 * args.workers)
+    batches = Batches(views, args, device, rank, world, first_step, last_step)
+    announce(args, typed, dataset, world, device, run, first_step, total_steps)
+    if first_step == 0 and rank == 0 and not args.dry_run:
+        data.draw_view_pairs(views, run / "views.png")
+
+    # -- MoCo's Algorithm 1
+    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+    finite = torch.ones((), device=device)
+    saved_at = time.monotonic()
+    stopped = False
+    for step, (crops, params, index) in enumerate(batches, first_step):
+        smoothing = smoothing_at(step, per_epoch, args)
+        order = data.permutation(args.batch_size, data.SHUFFLE, args.seed, step)
+        order = order.to(device, non_blocking=True)
+
+        view1 = data.augment(crops[0], params[0]).to(view_dtype)     # (n, 3, S, S)
+        view2 = data.augment(crops[1], params[1]).to(view_dtype)
+        queries, positives = [view1], [view2]
+        if args.symmetric:
+            queries, positives = [view1, view2], [view2, view1]
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
+            keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
+        k = torch.cat([part[mine] for part in keys])                 # the positives of q
+        loss, info = soft_info_nce(q, k, queue.keys, temperature=args.temperature,
+                                   smoothing=smoothing, neighbors=args.neighbors,
+                                   weighting=args.weighting)         # mean over both directions
+
+        optimizer.param_groups[0]["lr"] = lr_at(step, per_epoch, args)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ema_update(encoder, key_encoder, args.key_momentum)          # k = m k + (1 - m) q
+        neighbors = queue.index[info["neighbors"]]                   # whose keys they are
+        queue.enqueue(torch.cat(keys), gather(index).repeat(len(keys)))
+        finite *= loss.isfinite()
+
+        done = step + 1
+        end_of_epoch = done % per_epoch == 0
+        if args.dry_run:
+            if done == timed_from:
+                batches.restart_clock()
+        elif done % args.log_every == 0 or end_of_epoch or (world == 1 and stop.asked):
+            overdue = time.monotonic() - saved_at > 60 * args.save_minutes
+            numbers = mean_over_processes(
+                loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
+                nearest=info["nearest"].mean(), finite=finite, stop=stop.asked, save=overdue,
+                **same_class(neighbors, index.repeat(len(queries)), labels))
+            numbers |= knn_report(args, encoder, splits, done, per_epoch, batches)
+            report(run, args, numbers, done, per_epoch, smoothing, keys, batches)
+            stopped = numbers["stop"] > 0
+            if end_of_epoch or stopped or numbers["save"] > 0:
+                average_buffers(encoder, key_encoder)
+                save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue)
+                saved_at = time.monotonic()
+            if stopped:
+                break
+
+    # -- the end
+    done = first_step + batches.count
+    if batches.failure:
+        kept = ""
+        if world == 1 and done > 0 and not args.dry_run:
+            save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue)
+            kept = f"; saved {run / 'last.pt'} at step {done}"
+        batches.failure.args = (f"{data.last_line(batches.failure)}{kept}",)
+        raise batches.failure
+    if args.dry_run:
+        report_dry_run(args, batches, total_steps, world)
+    elif stopped and done < total_steps:
+        say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; the same command "
+            f"{'without --restart ' if args.restart else ''}continues")
+        return 128 + stop.asked
+    else:
+        say(f"done: {total_steps} steps. In {run}: backbone.pt (the weights, under torchvision's "
+            f"names), last.pt, log.csv, curve.png, views.png\n"
+            f"next: python lineval.py {shlex.quote(str(run))}")
+    return 0
+
+
+# ------------------------------------------------- several processes
+
+def start_processes():
+    """Join torchrun's processes, if any -> (rank, world)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        device = own_device()
+        cuda = device.type == "cuda"
+        # torchrun keeps one store through its restarts: without a prefix a process might find the
+        # address of one that died.
+        store, _, _ = next(dist.rendezvous("env://", rank, world))
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world,
+                                store=dist.PrefixStore(f"start {restarts}", store),
+                                timeout=timedelta(hours=2),          # a download may take long
+                                device_id=device if cuda else None)
+    return rank, world
+
+
+def gather(x):
+    """Concatenate x (n, ...) of all processes, in order of rank -> (N, ...)."""
+    if not dist.is_initialized():
+        return x
+    whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole
+
+
+def own_part(x):
+    """The rows of x (N, ...) that are this process's -> (n, ...)."""
+    if not dist.is_initialized():
+        return x
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def distribute(encoder, device):
+    """The encoder in DDP: its gradient is the mean over all processes."""
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
+def mean_over_processes(**numbers):
+    """The mean of each number over all processes: the one place where they agree."""
+    device = numbers["loss"].device
+    values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+                          for value in numbers.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(numbers, values.tolist()))
+
+
+@torch.no_grad()
+def average_buffers(*encoders):
+    """Running statistics: the mean over all processes. They are linear in the batches, so it is
+    enough to do this before they are used."""
+    if dist.is_initialized():
+        for encoder in encoders:
+            for buffer in encoder.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= dist.get_world_size()
+
+
+# ------------------------------------------------- batches and reports
+
+class Batches:
+    """The batches of the steps, on the device, with a stopwatch. A loader that fails ends them
+    and leaves the reason in `failure`."""
+
+    def __init__(self, views, args, device, rank, world, first_step, last_step):
+        self.views, self.args, self.device, self.rank, self.world = views, args, device, rank, world
+        self.first_step, self.last_step = first_step, last_step
+        self.count, self.lines, self.failure = 0, 0, None
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.start, self.waited, self.timed = time.perf_counter(), 0.0, 0
+
+    def __iter__(self):
+        args = self.args
+        epochs = self.last_step * args.batch_size // len(self.views) + 2
+        steps = data.schedule(len(self.views), args.batch_size, epochs, args.seed, rank=self.rank,
+                              first_step=self.first_step, world=self.world)
+        batch_bytes = 6 * args.image_size ** 2 * args.batch_size // self.world
+        loader = data.iterate(self.views, steps, args.workers, batch_bytes=batch_bytes,
+                              collate_fn=data.collate, pin_memory=self.device.type == "cuda")
+        for _ in range(self.first_step, self.last_step):
+            asked = time.perf_counter()
+            try:
+                crops, params, index = next(loader)
+            except UserError as error:
+                self.failure = error
+                return
+            self.waited += time.perf_counter() - asked
+            crops = crops.to(self.device, non_blocking=True)
+            yield crops, params, index.to(self.device, non_blocking=True)
+            self.count += 1
+            self.timed += 1
+
+    def seconds(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.start
+
+
+def same_class(neighbors, index, labels):
+    """How many of the nearest keys (N, n) show the class of the query (N,), of how many known."""
+    theirs, own = labels[neighbors.clamp(min=0)], labels[index][:, None]
+    known = (neighbors >= 0) & (theirs >= 0) & (own >= 0)            # -1: no image, or no label
+    return {"same": (known & (theirs == own)).sum(), "known": known.sum()}
+
+
+def splits_for_knn(args, dataset):
+    """What the kNN while training compares; without labels the images whose views it looks for."""
+    if args.knn_every == 0 or args.dry_run:
+        return None
+    try:
+        return lineval.labelled_splits(args.data, args.seed, dataset, args.classes != "none")
+    except UserError as error:
+        say(f"no kNN while training, but the share of own views found: {error}")
+        return lineval.unlabelled_splits(args.data, args.seed, dataset)
+
+
+def knn_report(args, encoder, splits, done, per_epoch, batches):
+    """At the end of some epochs: kNN accuracy of the backbone's features and of the head's output;
+    without labels, how often an image finds its own view."""
+    epoch, rest = divmod(done, per_epoch)
+    if splits is None or rest or (epoch % args.knn_every and epoch != args.epochs):
+        return {}
+    began = time.perf_counter()
+    average_buffers(encoder)
+    encoder.eval()
+    options = dict(device=next(encoder.parameters()).device, workers=args.workers)
+    if splits.names:
+        found = lineval.online_knn(encoder, splits, args.image_size, args.seed, **options)
+    else:
+        rows = splits.val_rows[:1000]
+        found = lineval.online_own_view(encoder, splits.val, rows, args.image_size, **options)
+    encoder.train()
+    batches.start += time.perf_counter() - began                     # images/s is of training
+    return found
+
+
+LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread",
+       "same_class", "same_class_chance", "smoothing", "lr", "knn_backbone", "knn_head", "own_view",
+       "images_per_s", "data_wait", "hours_left")
+HEADER = ("  epoch       step    loss (chance)  acc  positive nearest spread  same (chance)"
+          "  images/s wait      left")
+
+
+def report(run, args, numbers, done, per_epoch, smoothing, keys, batches):
+    """One line on the terminal, one in log.csv; raise UserError for a loss that is not finite."""
+    if numbers["finite"] < 1:
+        raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, if "
+                        f"any, is kept; try a lower --lr, a longer --warmup-epochs, or --amp off")
+    spread = torch.cat(keys).double().std(0).mean().item() * math.sqrt(args.dim)
+    if int(os.environ.get("RANK", 0)):
+        return
+    seconds = batches.seconds()
+    row = {name: numbers[name] for name in LOG if name in numbers} | dict(
+        epoch=(done - 1) // per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
+        spread=spread, smoothing=smoothing, lr=lr_at(done - 1, per_epoch, args),
+        images_per_s=batches.timed * args.batch_size / seconds, data_wait=batches.waited / seconds,
+        hours_left=seconds / batches.timed * (args.epochs * per_epoch - done) / 3600)
+    same = ""
+    if numbers["known"]:
+        row["same_class"] = numbers["same"] / numbers["known"]
+        row["same_class_chance"] = args.same_class_chance
+        same = f"{row['same_class']:.2f} ({row['same_class_chance']:.2f})"
+    if batches.lines % 20 == 0:
+        say(HEADER)
+    batches.lines += 1
+    left = timedelta(seconds=round(3600 * row["hours_left"]))
+    say(f"{row['epoch']:4d}/{args.epochs:<4d} {done:9d} {row['loss']:7.3f} ({row['chance']:6.3f}) "
+        f"{row['accuracy']:4.2f} {row['positive']:9.2f} {row['nearest']:7.2f} {spread:6.2f} "
+        f"{same:>14s} {row['images_per_s']:9.0f} {row['data_wait']:4.0%} {str(left):>9s}")
+    for name, words in (("knn_backbone", "kNN of the backbone's features"),
+                        ("knn_head", "kNN of the head's output"),
+                        ("own_view", "images that find their own view")):
+        if name in row:
+            say(f"      {words} {row[name]:.1%}")
+    with data.writing(run / "log.csv"):
+        with open(run / "log.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, LOG)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+    if "knn_backbone" in row or "own_view" in row:
+        draw_curve(run / "log.csv", run / "curve.png")
+
+
+def report_dry_run(args, batches, total_steps, world):
+    """Speed, memory and time of the whole run. The slower of step and loader counts: of batches
+    that lay ready, steps are too fast."""
+    training = batches.timed * args.batch_size / batches.seconds()
+    rate, words = training, ""
+    if args.workers:
+        for step, _ in enumerate(batches, 1):
+            if step == batches.last_step - batches.timed:
+                batches.restart_clock()
+        loading = batches.timed * args.batch_size / batches.seconds()
+        rate, words = min(training, loading), f", the loader alone {loading:.0f}"
+    hours = total_steps * args.batch_size / rate / 3600
+    say(f"dry run: {training:.0f} images/s{words}, peak memory {peak_memory(batches.device)}; the "
+        f"whole run of {total_steps} steps would take {hours:.2f} hours without its kNN. Nothing "
+        f"was written.")
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU"
+    try:
+        import resource                        # not on Windows
+    except ImportError:
+        return "unknown on this system"
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, worker = (resource.getrusage(who).ru_maxrss * unit / 2 ** 30
+                   for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"{own:.1f} GiB a process, {worker:.1f} GiB a loader worker"
+
+
+# ------------------------------------------------- the run's folder
+
+WRITTEN = ("args.json", "log.csv", "last.pt", "backbone.pt", "backbone.json", "views.png",
+           "curve.png", "lineval*.json", "neighbors*.png", "map*.png", "soft_positives*.png")
+MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
+              "restart", "dry_run", "skip_unreadable", "out", "images", "same_class_chance"}
+
+
+def default_run(args, typed, dataset):
+    """runs/DATA-ARCH-RECIPE-SEED, and the settings that were typed."""
+    name = f"{dataset.name}-{args.arch}-{args.recipe}-{args.seed}"
+    for setting in (*MOCO_V2, "image_size", "amp", "init", "classes"):
+        if typed[setting] not in (None, DEFAULTS.get(setting)):
+            value = "_".join(map(str, typed[setting] if setting == "jitter" else [typed[setting]]))
+            name += f"-{setting}{Path(value).name}"
+    return Path("runs") / name[:200]
+
+
+def open_run(run, args, dataset):
+    """Take the run's folder -> its checkpoint to continue from, or None for a new start."""
+    rank = int(os.environ.get("RANK", 0))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    with data.writing(run):
+        found = [path for path in run.iterdir() if path.name != "lock"] if run.exists() else []
+        if found and not (run / "args.json").is_file():
+            raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
+                            f"folder with --out")
+        if rank == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            lock(run)
+    if dist.is_initialized():
+        dist.barrier()                         # nobody looks before the first process has the lock
+    fresh = args.restart and not restarted
+    checkpoint = None
+    if (run / "last.pt").exists() and not fresh:
+        checkpoint = load_file(run / "last.pt")
+        compare_settings(run, checkpoint, args)
+    elif (run / "backbone.json").exists() and not fresh:
+        # This file is written after last.pt, so that somebody has removed last.pt.
+        raise UserError(f"{str(run)!r} holds weights, but no last.pt to continue from: give "
+                        f"another folder with --out, or write over them with --restart")
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0 and not checkpoint:
+        with data.writing(run):
+            for pattern in WRITTEN:
+                for path in run.glob(pattern):
+                    path.unlink()
+        write(run / "args.json", json.dumps(vars(args), indent=1).encode())
+    return checkpoint
+
+
+def lock(run):
+    """Own the folder as long as this process lives; raise UserError if another one does."""
+    try:
+        import fcntl                           # not on Windows: there, nobody watches
+    except ImportError:
+        return
+    file = open(run / "lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{str(run)!r} is in use by another process: wait for it, or give another "
+                        f"folder with --out") from None
+    LOCKS.append(file)                         # open, and so locked, until the process ends
+
+
+LOCKS = []
+
+
+def compare_settings(run, checkpoint, args):
+    """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
+    if not {"settings", "step", "encoder", "queue"} <= checkpoint.keys():
+        raise UserError(f"{run / 'last.pt'} is not a checkpoint of this program: move it away, or "
+                        f"pass --restart")
+    old, new = checkpoint["settings"], vars(args)
+    different = sorted(name for name in {*old, *new} - MAY_DIFFER if old.get(name) != new.get(name))
+    if not different:
+        return
+    words = "; ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in different)
+    if "dataset" in different:
+        words = f"{old.get('images')} images before, {new['images']} now, or others; {words}"
+    longer = ""
+    if "epochs" in different:
+        longer = (f"; for more epochs start anew from its weights: --init {run / 'backbone.pt'} "
+                  f"--out NEW")
+    raise UserError(f"{str(run)!r} was started with other settings ({words}): give the old "
+                    f"command, another folder with --out, or --restart{longer}")
+
+
+def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
+    """Put a checkpoint's state into place, cut the log to it -> the step it was saved after."""
+    try:
+        encoder.load_state_dict(checkpoint["encoder"])
+        key_encoder.load_state_dict(checkpoint["key_encoder"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        queue.keys.copy_(checkpoint["queue"]["keys"])
+        queue.index.copy_(checkpoint["queue"]["index"])
+        queue.pointer = int(checkpoint["queue"]["pointer"])
+        step = int(checkpoint["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UserError(f"{run / 'last.pt'} is damaged ({reason}): use another copy, or start "
+                        f"afresh with --restart") from None
+    if int(os.environ.get("RANK", 0)) == 0:
+        cut_log(run / "log.csv", step)
+    return step
+
+
+def cut_log(path, step):
+    """Drop the rows after `step`, which come again. A damaged log is put aside: only a report."""
+    try:
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, LOG)
+        writer.writeheader()
+        writer.writerows(rows)
+        write(path, text.getvalue().encode())
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, csv.Error):
+        os.replace(path, path.with_suffix(".damaged"))
+        say(f"{path} was damaged: put aside as {path.with_suffix('.damaged').name}, a new one begins")
+
+
+def save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue):
+    """Write backbone.pt and last.pt, which has all there is to continue from after `done` steps.
+
+    last.pt comes after backbone.pt and the log, so that it never promises what is not there.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    backbone = {name: value.cpu() for name, value in encoder.backbone.state_dict().items()}
+    state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
+                 key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict(),
+                 queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
+    if not all(value.isfinite().all() for value in encoder.state_dict().values()):
+        raise UserError(f"the weights are not finite after step {done}: the last good checkpoint, "
+                        f"if any, is kept; try a lower --lr or --amp off")
+    write(run / "backbone.pt", serialize(backbone))
+    if (run / "log.csv").exists():
+        flush(run / "log.csv")
+    write(run / "last.pt", serialize(state))
+    about = dict(arch=args.arch, feature_dim=encoder.backbone.feature_dim, data=args.data,
+                 image_size=args.image_size, small_images=args.image_size <= data.SMALL,
+                 mean=data.MEAN, std=data.STD)
+    if not (run / "backbone.json").exists():
+        write(run / "backbone.json", json.dumps(about, indent=1).encode())
+
+
+def serialize(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def write(path, content):
+    """Write beside `path`, flush to the disk, rename: `path` is the old file or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    with data.writing(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+            flush(beside)
+            os.replace(beside, path)
+            if os.name == "posix":
+                flush(path.parent)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def flush(path):
+    """See that a file, or a folder's list of files, has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+# ------------------------------------------------- settings
+
+def read_args(argv=None):
+    """The command line -> args; settings of the recipes are None where not given."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, or a folder of images")
+    add("--classes", default="folders", choices=("folders", "none"),
+        help="none: the folders of the data are not classes")
     add("--arch", default="mobilenetv3_small", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     add("--recipe", default="light", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
     add("--seed", type=int, default=0, help="of weights, views, order, queue: everything random")
-    add("--image-size", type=int, help="pixels (default: 224, or the images' own if they are smaller)")
-    add("--init", metavar="WEIGHTS", help="start the backbone from a state dict with torchvision's names")
+    add("--image-size", type=int, help="pixels (default: 224, or the images' own if smaller)")
+    add("--init", metavar="WEIGHTS", help="start from a state dict with torchvision's names")
     # Not --run: torchrun would take that for its own --run-path.
-    add("--out", metavar="RUN", help="folder of the run (default: runs/DATA-ARCH-RECIPE-SEED)")
+    add("--out", metavar="RUN", help="folder (default: runs/DATA-ARCH-RECIPE-SEED-changes)")
     add("--restart", action="store_true", help="start afresh in the run's folder")
-    add("--dry-run", action="store_true", help="a few steps: speed, memory, time of the whole run; writes nothing")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: on CUDA bf16, or fp16; off on a CPU")
+    add("--dry-run", action="store_true", help="a few steps: speed, memory, time; writes nothing")
+    add("--skip-unreadable", action="store_true", help="train without files that cannot be read")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
+        help="auto: on a GPU bf16, or fp16; off on a CPU")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--workers", type=int, help="loader processes for each training process")
     add("--log-every", type=int, default=20, metavar="STEPS")
     add("--save-minutes", type=float, default=15, help="save inside long epochs too, so often")
-    add("--knn-every", type=int, metavar="EPOCHS", help="kNN accuracy of the features so often; 0: never (default: ten times)")
-    for name, cells in TABLE.items():
-        flag, row = "--" + name.replace("_", "-"), "recipes: " + " | ".join(map(str, cells))
+    add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often; 0: never (default: ten times)")
+    for name, value in MOCO_V2.items():
+        flag = "--" + name.replace("_", "-")
+        columns = "recipes: " + " | ".join(str(recipe[name]) for recipe in RECIPES.values())
         if name == "symmetric":
-            add(flag, action=argparse.BooleanOptionalAction, help=row)
+            add(flag, action=argparse.BooleanOptionalAction, help=columns)
         elif name == "jitter":
-            add(flag, type=float, nargs=4, metavar=("B", "C", "S", "H"), help=row)
+            add(flag, type=float, nargs=4, metavar=("B", "C", "S", "H"), help=columns)
         elif name == "weighting":
-            add(flag, choices=WEIGHTINGS, help=row)
+            add(flag, choices=WEIGHTINGS, help=columns)
+        elif name == "smoothing_schedule":
+            add(flag, choices=("constant", "cosine"), help=columns)
         else:
-            add(flag, type=type(cells[0]), help=row)
+            add(flag, type=type(value), help=columns)
     return parser.parse_args(argv)
 
 
-def resolve(flags, dataset, feature_dim):
-    """Flags -> (settings, origin of each): recipe, then dataset scale, then command line, the later the stronger."""
-    column = RECIPES.index(flags.recipe)
-    settings = {name: cells[column] for name, cells in TABLE.items()}
-    origin = dict.fromkeys(TABLE, f"recipe {flags.recipe}")
-    size = flags.image_size or data.default_image_size(dataset)
-    scale = SHAPES if flags.data == "shapes" else next((s for n, s in SCALES.items() if len(dataset) <= n), {})
-    scale = dict(scale, **({"blur_p": 0.0} if size <= data.SMALL else {}))
-    settings.update(scale)
-    origin.update(dict.fromkeys(scale, f"scale of {dataset.name}, {len(dataset)} images of {size} px"))
-    given = {name: value for name, value in vars(flags).items() if name in TABLE and value is not None}
-    settings.update(given)
-    origin.update(dict.fromkeys(given, "command line"))
-    width = str(settings["hidden_dim"])
+def refuse(message):
+    if "--local" in message:
+        message += ": start with torchrun, which passes the rank by the environment"
+    raise UserError(message)
+
+
+def resolve(args, dataset):
+    """Fill in what was not typed: from the dataset's scale, or else from the recipe."""
+    if args.image_size is None:
+        args.image_size = data.default_image_size(dataset)
+    settings = RECIPES[args.recipe] | scale_to(len(dataset), args)
+    if args.image_size <= data.SMALL:
+        settings["blur_p"] = 0.0               # two pixels would be a tenth of the picture
+    for name, value in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.hidden_dim = hidden_width(args.hidden_dim, args.arch)
+    if args.knn_every is None:
+        args.knn_every = max(1, args.epochs // 10)
+    if args.workers is None:
+        args.workers = data.default_workers()
+    if args.data not in data.NAMES:
+        args.data = os.path.realpath(args.data)
+    if args.init:
+        args.init = os.path.realpath(args.init)
+    known = dataset.labels[dataset.labels >= 0]
+    shares = torch.bincount(known) / max(1, len(known))
+    args.same_class_chance = shares.square().sum().item()
+    args.dataset, args.images = dataset.fingerprint, len(dataset)
+
+
+def hidden_width(width, arch):
+    """"2x" -> twice the feature's width; "2048" -> 2048."""
+    with torch.device("meta"):
+        feature_dim = ARCHS[arch]().feature_dim
     try:
-        settings["hidden_dim"] = round(float(width[:-1]) * feature_dim) if width.endswith("x") else int(width)
+        return round(float(width[:-1]) * feature_dim) if width.endswith("x") else int(width)
     except (ValueError, OverflowError):
-        raise UserError(f"--hidden-dim {width}: pass a width, or one in feature widths such as 2x") from None
-    settings["jitter"] = list(settings["jitter"])
-    settings.update(data=flags.data, dataset=dataset.fingerprint, arch=flags.arch, recipe=flags.recipe, seed=flags.seed,
-                    init=flags.init or "", image_size=size, amp=resolve_amp(flags.amp), compile=flags.compile,
-                    workers=default_workers() if flags.workers is None else flags.workers, log_every=flags.log_every,
-                    save_minutes=flags.save_minutes, knn_every=flags.knn_every)
-    if settings["knn_every"] is None:
-        settings["knn_every"] = max(1, settings["epochs"] // 10)
-    defaults = read_flags([])
-    for name in settings.keys() - origin.keys():
-        given = getattr(flags, name, None) != getattr(defaults, name, None)      # `dataset`, a fingerprint, has no flag
-        origin[name] = "command line" if given else "default"
-    return settings, origin
+        raise UserError(f"--hidden-dim {width}: pass a width, or one in feature widths such as "
+                        f"2x") from None
 
 
 def resolve_amp(amp):
@@ -172,567 +804,162 @@ def resolve_amp(amp):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def default_workers():
-    """Half the cores of a training process on a CPU, which needs the others itself; all but one (8 at most) beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, cores - 1 if torch.cuda.is_available() else cores // 2))
+RANGES = {                  # of each number: the least and the greatest
+    "batch_size": (1, 2 ** 20), "epochs": (1, 2 ** 20), "queue_size": (1, 2 ** 24),
+    "dim": (1, 2 ** 14), "hidden_dim": (0, 2 ** 16), "bn_splits": (1, 2 ** 12),
+    "image_size": (8, 4096), "neighbors": (0, 2 ** 16), "seed": (0, 2 ** 63 - 1),
+    "workers": (0, 1024), "log_every": (1, 2 ** 30), "knn_every": (0, 2 ** 30),
+    "save_minutes": (0, 1e6), "lr": (0, 1e38), "weight_decay": (0, 1e3),
+    "warmup_epochs": (0, 2 ** 20), "temperature": (1e-3, 1e3), "smoothing": (0, 1),
+    "key_momentum": (0, 1), "sgd_momentum": (0, 1), "min_scale": (1e-3, 1), "gray_p": (0, 1),
+    "blur_p": (0, 1), "jitter_p": (0, 1),
+}
 
 
-def check(c, n, world):
-    """Raise UserError, with the value and the remedy, for settings that cannot work on n images and `world` processes."""
-    whole = ("batch_size", "epochs", "queue_size", "dim", "bn_splits", "log_every")
-    for name in whole:
-        if c[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} {c[name]}: must be at least 1")
-    for name in ("lr", "weight_decay", "warmup_epochs", "hidden_dim", "smoothing", "neighbors", "workers", "knn_every",
-                 "save_minutes", *(f"jitter {i}" for i in range(4))):
-        value = c["jitter"][int(name[-1])] if name.startswith("jitter") else c[name]
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must not be negative")
-    for name in ("key_momentum", "sgd_momentum", "smoothing", "gray_p", "blur_p", "jitter_p", "min_scale"):
-        if not 0 <= c[name] <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {c[name]}: must lie in [0, 1]")
-    if c["jitter"][3] > 0.5:
-        raise UserError(f"--jitter's hue {c['jitter'][3]}: must be at most 0.5, half the colour circle")
-    for name in ("min_scale", "temperature"):
-        if not 0 < c[name] < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {c[name]}: must be above 0")
-    if c["image_size"] < 8:
-        raise UserError(f"--image-size {c['image_size']}: must be at least 8")
-    if not 0 <= c["seed"] < 2 ** 63:
-        raise UserError(f"--seed {c['seed']}: must lie in [0, 2^63)")
-    batch, splits = c["batch_size"], c["bn_splits"]
-    if n < batch:
-        fits = f"pass --batch-size {n // splits * splits} or less, or " if n >= 2 * splits else ""
-        raise UserError(f"{c['data']} has {n} images, fewer than one batch of {batch}: {fits}add images")
+def check(args, images, world):
+    """Raise UserError, with value and remedy, for what cannot work on these images and processes."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must lie in [{least}, {most}]")
+    if not (min(args.jitter) >= 0 and max(args.jitter[:3]) < math.inf and args.jitter[3] <= 0.5):
+        raise UserError(f"--jitter {args.jitter}: must not be negative, its hue at most 0.5")
+    batch, splits = args.batch_size, args.bn_splits
+    if images < batch:
+        raise UserError(f"{args.data} has {images} images, fewer than one batch of {batch}: pass a "
+                        f"smaller --batch-size, or add images")
     if splits % world:
-        raise UserError(f"--bn-splits {splits} cannot be shared by {world} processes: pass --bn-splits {world} (this changes "
-                        f"the method) or start a number of processes that divides {splits}")
+        raise UserError(f"--bn-splits {splits} cannot be shared by {world} processes: start a "
+                        f"number that divides it, or pass --bn-splits {world}, which changes the "
+                        f"method")
     if batch % splits or batch < 2 * splits:
-        raise UserError(f"--batch-size {batch} is not --bn-splits {splits} equal slices of at least 2 images: "
-                        f"pass a multiple of {splits} from {2 * splits} on")
-    keys = n // batch * batch * (2 if c["symmetric"] else 1)
-    if c["queue_size"] >= keys:
-        raise UserError(f"--queue-size {c['queue_size']} holds a whole epoch's {keys} keys, so a query would meet its own old "
-                        f"keys as negatives: pass --queue-size {max(1, keys // 8)} or less")
-    if c["neighbors"] > c["queue_size"] or (c["weighting"] == "tiered" and 0 < c["neighbors"] < 3):
-        raise UserError(f"--neighbors {c['neighbors']}: must be at most the queue's {c['queue_size']}, and 3 or more if tiered")
-    if c["warmup_epochs"] >= c["epochs"] and c["warmup_epochs"]:
-        raise UserError(f"--warmup-epochs {c['warmup_epochs']} leaves nothing of --epochs {c['epochs']}: pass a smaller number")
-    if c["amp"] == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"--batch-size {batch} is not --bn-splits {splits} equal slices of at "
+                        f"least 2 images: pass a multiple of {splits} from {2 * splits} on")
+    keys = images // batch * batch * (2 if args.symmetric else 1)
+    if args.queue_size >= keys:
+        raise UserError(f"--queue-size {args.queue_size} holds a whole epoch's {keys} keys, so a "
+                        f"query would meet its own old keys: pass --queue-size {keys // 8} or less")
+    if args.neighbors > args.queue_size:
+        raise UserError(f"--neighbors {args.neighbors}: must be at most the queue's "
+                        f"{args.queue_size}")
+    if args.weighting == "tiered" and args.neighbors not in TIERS:
+        raise UserError(f"--neighbors {args.neighbors}: tiered is defined for "
+                        f"{', '.join(map(str, TIERS))}")
+    if args.warmup_epochs >= args.epochs and args.warmup_epochs:
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
+                        f"{args.epochs}: pass a smaller number")
+    if args.amp == "fp16" and not torch.cuda.is_available():
         raise UserError("--amp fp16 needs a GPU: pass --amp off")
-    return 4 * c["queue_size"] > keys
 
 
-# ---------------------------------------------------------------------- the method
-
-class KeyQueue:
-    """The last `size` keys, a ring: keys (K, D) unit rows, random at first; index (K,) of their images, -1 at first."""
-
-    def __init__(self, dim, size, seed=0, device="cpu"):
-        generator = torch.Generator().manual_seed(seed)
-        self.keys = F.normalize(torch.randn(size, dim, generator=generator), dim=1).to(device)
-        self.index = torch.full((size,), -1, device=device)
-        self.pointer = 0
-
-    @torch.no_grad()
-    def enqueue(self, keys, index):
-        """Overwrite the oldest: keys (B, D), index (B,); of more than `size` only the last stay."""
-        size = len(self.keys)
-        rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device)[-size:] % size
-        self.keys[rows] = keys[-size:].to(self.keys.dtype)
-        self.index[rows] = index[-size:].to(self.index.device)
-        self.pointer = (self.pointer + len(keys)) % size
-
-
-@torch.no_grad()
-def ema_update(encoder, key_encoder, m):
-    """key = m * key + (1 - m) * query, for the parameters; buffers come from the key encoder's own forwards."""
-    torch._foreach_lerp_(list(key_encoder.parameters()), list(encoder.parameters()), 1 - m)
+def announce(args, typed, dataset, world, device, run, first_step, total_steps):
+    """Say what is about to run, and which settings differ from the recipe, and why."""
+    n, splits = args.batch_size // world, args.bn_splits // world
+    say(f"{dataset.name}: {len(dataset)} images, {total_steps // args.epochs} steps an epoch; "
+        f"{world} process{'es' * (world > 1)} on {device.type}, {n} images each, {splits} "
+        f"batch-norm slices of {n // splits}")
+    if dataset.left_out:
+        say(f"left out, since no image: {data.count_words(dataset.left_out)}")
+    say(f"recipe {args.recipe}, {args.arch}, {args.image_size} px, {args.epochs} epochs, seed "
+        f"{args.seed}; different from the recipe:")
+    for name, value in RECIPES[args.recipe].items():
+        now = getattr(args, name)
+        if name == "hidden_dim":
+            value = hidden_width(value, args.arch)
+        if now != value:
+            why = "typed" if typed[name] is not None else f"for {len(dataset)} images"
+            say(f"  {name:14s} {now} instead of {value}, {why}")
+    if torch.backends.mps.is_available():
+        say("Apple's GPU is not used: nobody has tried this program on it")
+    if first_step:
+        say(f"continuing {run} after step {first_step} of {total_steps}")
 
 
-def lr_at(step, c, steps_per_epoch):
-    """Linear warm-up, then a cosine to 0: a function of the step alone."""
-    peak = c["lr"] * c["batch_size"] / 256
-    warm, total = round(c["warmup_epochs"] * steps_per_epoch), c["epochs"] * steps_per_epoch
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+def skip_unreadable(dataset):
+    """The dataset without the files that cannot be read, which the first process looks for."""
+    found = [data.find_unreadable(dataset) if int(os.environ.get("RANK", 0)) == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    unreadable = found[0]
+    say(f"training without {len(unreadable)} of {len(dataset)} files, which cannot be read")
+    for error in unreadable.values():
+        say(f"  {error}")
+    return dataset.without(list(unreadable)) if unreadable else dataset
 
 
-def smoothing_at(step, c, steps_per_epoch):
-    """Smoothing starts when the warm-up is over and the queue holds real keys only."""
-    real_keys = step * c["batch_size"] * (2 if c["symmetric"] else 1)
-    return c["smoothing"] if step >= c["warmup_epochs"] * steps_per_epoch and real_keys >= c["queue_size"] else 0.0
+# ------------------------------------------------- start and end
 
+class StopSignals:
+    """Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP: stop after this step and save. Again: stop now."""
 
-def gather(x, p, dim=0):
-    """Concatenate x of all processes, in order of rank."""
-    if p.world == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(p.world)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, dim)
+    def __init__(self, wanted=True):
+        self.asked, self.before = 0, {}
+        names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if wanted else ()
+        for name in names:
+            if hasattr(signal, name):          # Windows has two of them
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.handle)
 
+    def handle(self, number, _):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = int(number)
+        say("stopping after this step; again to stop now")
 
-@torch.no_grad()
-def encode_keys(key_encoder, views, crops, params, key_views, order, p):
-    """Keys of the chosen views, each (N, D) of the whole global batch, normalised in other company than the queries were.
-
-    The batch-norm slices are cut from a permutation `order` (N,) of the global batch. What crosses processes is uint8
-    crops (2, n, 3, S, S) and params (2, n, 8); a single process permutes the views, 2 x (n, 3, S, S), that it has.
-    """
-    mine, back = order.chunk(p.world)[p.rank], order.argsort()                     # (n,), (N,)
-    if p.world > 1:
-        params = gather(params.to(p.device), p, dim=1)[:, mine].cpu()              # to the host, where `augment` plans
-    keys = []
-    for v in key_views:
-        view = views[v][mine] if p.world == 1 else data.augment(gather(crops[v], p)[mine], params[v])
-        keys.append(gather(key_encoder(view), p)[back])                            # (N, D), in the batch's order
-    return keys
-
-
-@torch.no_grad()
-def average_buffers(p, *encoders):
-    """Running statistics: the mean over all processes, as they already are the mean over each process's slices."""
-    if p.world == 1:
-        return
-    buffers = [b for e in encoders for b in e.buffers() if b.is_floating_point()]
-    flat = torch.cat([b.flatten() for b in buffers])
-    dist.all_reduce(flat)
-    torch._foreach_copy_(buffers, [part.view_as(b) for part, b in
-                                   zip((flat / p.world).split([b.numel() for b in buffers]), buffers)])
-
-
-def train(s):
-    """The loop; `s` is what `build` made. Returns the signal that stopped it, 0 when the last step is done."""
-    c, p, queue, per_epoch = s.c, s.p, s.queue, s.per_epoch
-    n = c["batch_size"] // p.world
-    mine = slice(p.rank * n, (p.rank + 1) * n)                # this process's rows of the global batch
-    query_views, key_views = ((0, 1), (1, 0)) if c["symmetric"] else ((0,), (1,))
-    batches, saved_at = iter(s.loader), time.monotonic()
-    for step in range(s.step, s.last_step):
-        waiting = time.perf_counter()
-        crops, params, index = next_batch(s, batches, step)                        # (2, n, 3, S, S), (2, n, 8), (n,)
-        s.clock.waited += time.perf_counter() - waiting
-        lr, smoothing = lr_at(step, c, per_epoch), smoothing_at(step, c, per_epoch)
-        order = torch.from_numpy(data.keyed_permutation(c["batch_size"], data.SHUFFLE, c["seed"], step))
-        order = order.to(p.device, non_blocking=True)
-
-        views = data.augment(crops.flatten(0, 1), params.flatten(0, 1)).chunk(2)   # 2 x (n, 3, S, S)
-        with torch.autocast(p.device.type, p.amp_dtype, enabled=p.amp_dtype is not None):
-            keys = encode_keys(s.key_encoder, views, crops, params, key_views, order, p)     # V x (N, D)
-            queries = [s.query(views[v]) for v in query_views]                     # V x (n, D)
-        losses, infos = zip(*[soft_info_nce(q, k[mine], queue.keys, temperature=c["temperature"], smoothing=smoothing,
-                                            neighbors=c["neighbors"], weighting=c["weighting"])
-                              for q, k in zip(queries, keys)])
-        loss = sum(losses) / len(losses)
-
-        s.optimizer.param_groups[0]["lr"] = lr
-        s.optimizer.zero_grad(set_to_none=True)
-        s.scaler.scale(loss).backward()
-        s.scaler.step(s.optimizer)
-        s.scaler.update()
-        average_buffers(p, s.encoder, s.key_encoder)
-        ema_update(s.encoder, s.key_encoder, c["key_momentum"])
-        neighbor_index = queue.index[infos[0]["neighbors"]]                        # (n, neighbors), before they move on
-        queue.enqueue(torch.cat(keys), gather(index, p).repeat(len(keys)))
-        s.bad_step = torch.where((s.bad_step < 0) & ~loss.isfinite(), step, s.bad_step)
-
-        done, end_of_epoch = step + 1, (step + 1) % per_epoch == 0
-        s.clock.steps += 1
-        if done % c["log_every"] == 0 or end_of_epoch or s.dry_run:
-            paused = time.perf_counter()
-            knn = online_knn(s, done) if end_of_epoch and not s.dry_run else None
-            s.clock.started += time.perf_counter() - paused      # images/s and the time left are those of training alone
-            log(s, step, loss, infos[0], neighbor_index, index, keys, smoothing, lr, knn)
-        if s.dry_run and done == s.timed_from:      # start-up and compilation are over
-            s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
-        stop, overdue = agree(p, done, time.monotonic() - saved_at > 60 * c["save_minutes"])
-        if end_of_epoch or stop or overdue:
-            save(s, done)
-            saved_at = time.monotonic()
-        if stop and done < s.last_step:
-            return stop
-    s.clock.stopped = time.perf_counter()      # the end of the workers, which follows, takes a while
-    return 0
-
-
-def next_batch(s, batches, step):
-    """The next batch, on the device (params stay: `augment` wants to see them from the host as well)."""
-    try:
-        crops, params, index = next(batches)
-        return crops.to(s.p.device, non_blocking=True), params, index.to(s.p.device, non_blocking=True)
-    except UserError as error:     # one process alone knows; but all hold the same state, so it can save by itself
-        message = data.last_line(error)
-    save(s, step, alone=True)
-    error = UserError(message + ("" if s.dry_run else f"; saved {s.run / 'last.pt'} at step {step}"))
-    error.from_one_process = True
-    raise error      # outside of except: the first error's traceback would keep the loader and its workers alive
-
-
-STOP = {"signal": 0}     # set by the signal handler, read by `agree`
-
-
-def agree(p, done, overdue):
-    """(signal to stop for or 0, whether a save is due): the same answer on all processes, or they would deadlock."""
-    if p.world == 1:
-        return STOP["signal"], overdue
-    if done % AGREE_EVERY:
-        return 0, False
-    wants = torch.tensor([STOP["signal"], int(overdue)], device=p.device)
-    dist.all_reduce(wants, dist.ReduceOp.MAX)
-    return wants.tolist()
-
-
-# ---------------------------------------------------------------------- reports
-
-def log(s, step, loss, info, neighbor_index, index, keys, smoothing, lr, knn):
-    """One line on the terminal and one in log.csv: this step's values, means over all processes."""
-    c, p, labels = s.c, s.p, s.labels
-    same, count = torch.zeros((), device=p.device), torch.zeros((), device=p.device)
-    if labels is not None:
-        known = (neighbor_index >= 0) & (labels[index] >= 0)[:, None]              # -1: no image, or no label
-        known &= labels[neighbor_index.clamp(min=0)] >= 0
-        same = (known & (labels[neighbor_index.clamp(min=0)] == labels[index][:, None])).sum()
-        count = known.sum()
-    values = torch.stack([v.detach().double().mean() for v in
-                          (loss, info["accuracy"], info["positive"], info["nearest"], same.double(), count.double())])
-    values /= p.world
-    if p.world > 1:
-        dist.all_reduce(values)
-    loss, accuracy, positive, nearest, same, count = values.tolist()
-    check_finite(s)
-    elapsed = time.perf_counter() - s.clock.started
-    row = dict(epoch=step // s.per_epoch + 1, step=step + 1, loss=loss, chance=math.log(1 + c["queue_size"]),
-               accuracy=accuracy, positive=positive, nearest=nearest,
-               spread=torch.cat(keys).double().std(0).mean().item() * math.sqrt(c["dim"]),
-               same_class=same / count if count else "", same_class_chance=s.same_class_chance if count else "",
-               smoothing=smoothing, lr=lr, knn_backbone=knn[0] if knn else "", knn_head=knn[1] if knn else "",
-               images_per_s=s.clock.steps * c["batch_size"] / elapsed, data_wait=s.clock.waited / elapsed,
-               hours_left=elapsed / s.clock.steps * max(0, s.total_steps - step - 1) / 3600)
-    if p.rank:
-        return
-    random_keys = (step + 1) * c["batch_size"] * (1 + c["symmetric"]) < c["queue_size"]
-    left = round(row["hours_left"] * 3600)
-    print(f"epoch {row['epoch']}/{c['epochs']} step {step + 1}/{s.total_steps}  loss {loss:.3f} (chance {row['chance']:.3f})  "
-          f"acc {accuracy:.3f}  positive {positive:.2f}  nearest {nearest:.2f}  spread {row['spread']:.2f}  "
-          + (f"same class {same / count:.2f} (chance {s.same_class_chance:.2f})  " if count else "")
-          + f"lr {lr:.4f}  {row['images_per_s']:.0f} images/s  wait {row['data_wait']:.0%}  "
-          f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-          + ("  [queue still holds random keys]" if random_keys else "")
-          + (f"\n  kNN of the backbone's features {knn[0]:.1%}, of the head's output {knn[1]:.1%}" if knn else ""), flush=True)
-    if not s.dry_run:
-        with data.writing(s.run / "log.csv"), open(s.run / "log.csv", "a", newline="") as file:
-            file.write(as_csv([row], header=file.tell() == 0))
-
-
-def online_knn(s, done):
-    """Accuracies of the backbone's features and of the head's output, labels used for this report only; None if not due."""
-    epoch = done // s.per_epoch
-    due = s.c["knn_every"] and (epoch % s.c["knn_every"] == 0 or epoch == s.c["epochs"])
-    if not due or s.splits is None:
-        return None
-    s.encoder.eval()
-
-    def backbone_and_head(x):
-        features = s.encoder.backbone(x)
-        return torch.cat([features, s.encoder.head(features)], 1)
-
-    width = s.encoder.backbone.feature_dim
-    sets = []
-    for dataset, rows, most in ((s.splits.train, s.splits.train_rows, KNN_TRAIN), (s.splits.val, s.splits.val_rows, KNN_VAL)):
-        rows = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, s.c["seed"])[:most])]
-        try:
-            sets.append((extract_features(backbone_and_head, dataset, s.c["image_size"], rows=rows, device=s.p.device,
-                                          workers=s.c["workers"]), dataset.labels[rows]))
-        except UserError:      # an image of val, say: what was trained is kept
-            save(s, done, alone=True)
-            raise
-    s.encoder.train()
-    if s.p.rank:     # the first process has the features, and prints
-        return None
-    (train_x, train_y), (val_x, val_y) = sets
-    parts = (slice(0, width), slice(width, None))
-    return [knn_accuracy(train_x[:, part], train_y, val_x[:, part], val_y, device=s.p.device) for part in parts]
-
-
-# ---------------------------------------------------------------------- checkpoints
-
-def check_finite(s, alone=False):
-    """Raise UserError if a loss was not finite; agreed between the processes unless `alone`."""
-    bad = s.bad_step.clone()
-    if s.p.world > 1 and not alone:
-        bad = torch.where(bad < 0, 2 ** 62, bad)
-        dist.all_reduce(bad, dist.ReduceOp.MIN)
-        bad = torch.where(bad == 2 ** 62, -1, bad)
-    if bad >= 0:
-        raise UserError(f"the loss was not finite at step {int(bad) + 1}: the last good checkpoint, if any, is kept; "
-                        f"try a lower --lr, a longer --warmup-epochs, or --amp off")
-
-
-def save(s, done, alone=False):
-    """Write last.pt (all there is to continue from after `done` steps) and backbone.pt; refuse what is not finite."""
-    check_finite(s, alone)
-    if s.dry_run or (s.p.rank and not alone):
-        return
-    state = {"settings": s.c, "step": done, "encoder": s.encoder.state_dict(), "key_encoder": s.key_encoder.state_dict(),
-             "optimizer": s.optimizer.state_dict(), "scaler": s.scaler.state_dict(),
-             "queue": {"keys": s.queue.keys, "index": s.queue.index, "pointer": s.queue.pointer}}
-    tensors = [t for part in ("encoder", "key_encoder") for t in state[part].values()] + [s.queue.keys]
-    if not all(bool(t.isfinite().all()) for t in tensors):
-        raise UserError(f"the weights are not finite after step {done}: the last good checkpoint, if any, is kept; "
-                        f"try a lower --lr, a longer --warmup-epochs, or --amp off")
-    write(s.run / "last.pt", state)
-    write(s.run / "backbone.pt", {name: t.cpu() for name, t in s.encoder.backbone.state_dict().items()})
-    about = {"arch": s.c["arch"], "feature_dim": s.encoder.backbone.feature_dim, "image_size": s.c["image_size"],
-             "small_images": s.c["image_size"] <= data.SMALL, "mean": data.MEAN, "std": data.STD, "encoder": "query",
-             "data": s.c["data"], "epoch": done / s.per_epoch}
-    write(s.run / "backbone.json", as_json(about))
-
-
-def write(path, content):
-    """Serialise in memory, write beside `path`, flush to disk, rename: `path` is the old file or the new, never half."""
-    buffer = io.BytesIO()
-    if path.suffix == ".pt":
-        torch.save(content, buffer)
-    else:
-        buffer.write(content.encode())
-    beside = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.tmp")      # a process that saves alone has its own
-    with data.writing(path):
-        try:
-            with open(beside, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def as_json(content):
-    return json.dumps(content, indent=1) + "\n"
-
-
-def as_csv(rows, header):
-    """Rows of the log -> text."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LOG)
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def written(run):
-    """The files of an earlier run in the folder `run`; raise UserError if they are there, but not of this program."""
-    files = [path for pattern in WRITTEN for path in run.glob(pattern) if path.is_file()]
-    try:
-        ours = {"recipe", "dataset"} <= {*json.loads((run / "args.json").read_text())}
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if files and not ours:
-        raise UserError(f"{files[0]} would be written over, but {run} holds no run (there is no args.json of "
-                        f"pretrain.py): give another folder with --out, or move the file away")
-    return files
-
-
-def resume(s):
-    """Load last.pt into `s` and cut the log to it; raise UserError if it is of other settings."""
-    path = s.run / "last.pt"
-    state = load_file(path)
-    if "settings" not in state or "queue" not in state:
-        raise UserError(f"{path} is not a checkpoint of this program: move it away, or pass --restart")
-    old, new = state["settings"], s.c
-    differences = [f"{k} was {old.get(k)}, now {new.get(k)}"
-                   for k in sorted({*old, *new} - MAY_DIFFER) if old.get(k) != new.get(k)]
-    if differences:
-        raise UserError(f"{s.run} was started with other settings ({'; '.join(differences)}): "
-                        f"give the old command, another folder with --out, or start afresh with --restart")
-    s.encoder.load_state_dict(state["encoder"])
-    s.key_encoder.load_state_dict(state["key_encoder"])
-    s.optimizer.load_state_dict(state["optimizer"])
-    s.scaler.load_state_dict(state["scaler"])
-    s.queue.keys.copy_(state["queue"]["keys"])
-    s.queue.index.copy_(state["queue"]["index"])
-    s.queue.pointer, s.step = state["queue"]["pointer"], state["step"]
-    log_file = s.run / "log.csv"
-    if s.p.rank == 0 and log_file.exists():
-        with open(log_file, newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r["hours_left"] and int(r["step"]) <= s.step]     # whole rows
-        write(log_file, as_csv(rows, header=True))
-
-
-# ---------------------------------------------------------------------- start to end
-
-def start_processes():
-    """Join torchrun's processes, if any -> p: rank, world, device, amp_dtype."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    device = own_device()
-    if world > 1:
-        # torchrun keeps one store through its restarts: without a prefix, processes would find the addresses of dead ones.
-        store, _, _ = next(dist.rendezvous("env://", rank, world))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return SimpleNamespace(rank=rank, world=world, device=device, amp_dtype=None)
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def keep_freed_memory():
-    """Have glibc keep large freed blocks: handed back, each costs a page fault per 4 KiB again at the next step.
-
-    Measured on 2 cores, MobileNetV3-Small at 72 px: 1.7 x. Without glibc nothing happens.
-    """
+    """Have glibc keep large freed blocks, which it would map anew at each step: on 2 cores 1.7 x
+    as fast, MobileNetV3-Small at 72 px. Without glibc nothing happens."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4     # of malloc.h
-    mallopt(m_mmap_max, 0), mallopt(m_trim_threshold, 2 ** 31 - 1), mallopt(m_top_pad, 2 ** 28)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4             # of malloc.h
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2 ** 31 - 1)
+    mallopt(m_top_pad, 2 ** 28)
 
 
-def build(c, p, dataset, flags):
-    """Everything `train` works on, at step 0 or at the step of the run's last.pt."""
-    per_epoch = len(dataset) // c["batch_size"]
-    torch.manual_seed(c["seed"])
-    encoder = Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL, c["batch_size"] // c["bn_splits"])
-    if c["init"]:
-        load_weights(encoder.backbone, c["init"])
-    encoder = encoder.to(p.device, memory_format=torch.channels_last)
-    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    if c["compile"]:
-        for part in (encoder, key_encoder):
-            part.backbone.compile(), part.head.compile()      # in place: the names in the state dict stay torchvision's
-    query = encoder
-    if p.world > 1:
-        with warnings.catch_warnings():     # torch 2.14 has a new name for broadcast_buffers, which 2.11 does not know
-            warnings.simplefilter("ignore", FutureWarning)
-            query = DistributedDataParallel(encoder, [p.device] if p.device.type == "cuda" else None, broadcast_buffers=False)
-    # Not fused with fp16: where the scaler skips the first step, torch's fused SGD keeps a momentum that was never set.
-    optimizer = torch.optim.SGD(encoder.parameters(), c["lr"], c["sgd_momentum"], weight_decay=c["weight_decay"],
-                                fused=p.amp_dtype != torch.float16)
-    seen = dataset.labels[dataset.labels >= 0]
-    shares = torch.bincount(seen) / max(len(seen), 1)
-    s = SimpleNamespace(
-        c=c, p=p, encoder=encoder, key_encoder=key_encoder, query=query, optimizer=optimizer, step=0, per_epoch=per_epoch,
-        queue=KeyQueue(c["dim"], c["queue_size"], c["seed"], p.device), dry_run=flags.dry_run,
-        scaler=torch.amp.GradScaler(p.device.type, enabled=p.amp_dtype == torch.float16),
-        bad_step=torch.tensor(-1, device=p.device), total_steps=c["epochs"] * per_epoch,
-        labels=dataset.labels.to(p.device) if len(seen) else None, same_class_chance=shares.square().sum().item(),
-        run=Path(flags.out or f"runs/{dataset.name}-{c['arch']}-{c['recipe']}-{c['seed']}"))
-    # Not when torchrun restarts us:
-    restart = flags.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
-    if not s.dry_run:
-        with data.writing(s.run):      # it may be forbidden even to look there
-            if (s.run / "last.pt").exists() and not restart:
-                resume(s)
-            elif s.run / "backbone.pt" in written(s.run) and not restart:
-                raise UserError(f"{s.run} holds weights but no last.pt to continue from: give another folder with "
-                                f"--out, or write over them with --restart")
-    if (gather(torch.tensor([s.step], device=p.device), p) != s.step).any():
-        raise UserError(f"the processes found different checkpoints in {s.run}: --out must lie on a disk that all "
-                        f"machines share")
-    # The workers keep two batches each, ready before the first step ends.
-    s.timed_from = s.step + max(DRY_STEPS[0], 2 * c["workers"] + 1)
-    s.last_step = s.timed_from + max(DRY_STEPS[1], 2 * c["workers"]) if s.dry_run else s.total_steps
-    s.clock = SimpleNamespace(started=time.perf_counter(), waited=0.0, steps=0)
-    two_views = data.TwoViews(dataset, c["image_size"], c["seed"], min_scale=c["min_scale"], jitter=c["jitter"],
-                              jitter_p=c["jitter_p"], gray_p=c["gray_p"], blur_p=c["blur_p"])
-    epochs = 3 * s.last_step // per_epoch + 1 if s.dry_run else c["epochs"]     # enough for `measured`, too
-    steps = data.schedule(len(dataset), c["batch_size"], epochs, c["seed"], first_step=s.step, rank=p.rank, world=p.world)
-    s.loader = DataLoader(two_views, batch_sampler=steps, collate_fn=data.collate, num_workers=c["workers"],
-                          worker_init_fn=data.outlive_signals, pin_memory=p.device.type == "cuda")
-    return s, two_views
-
-
-def measured(s):
-    """What a dry run tells. The slower of training and loader counts: of batches that lay ready, steps are too fast."""
-    images = s.clock.steps * s.c["batch_size"]
-    rate = training = images / (s.clock.stopped - s.clock.started)
-    if s.c["workers"]:
-        batches = iter(s.loader)
-        for step in range(s.last_step):
-            if step == s.timed_from:
-                started = time.perf_counter()
-            next_batch(s, batches, step)
-        loaded = (s.last_step - s.timed_from) * s.c["batch_size"] / (time.perf_counter() - started)
-        rate = min(training, loaded)
-    memory = (torch.cuda.max_memory_allocated() if s.p.device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    hours = s.total_steps * s.c["batch_size"] / rate / 3600
-    return (f"dry run of {s.clock.steps} steps: {training:.0f} images/s"
-            + (f", the loader alone {loaded:.0f}" if s.c["workers"] else "")
-            + f", peak memory {memory / 2 ** 30:.1f} GiB a process; the whole run of {s.total_steps} steps would take "
-            f"{hours:.2f} hours without its kNN. Nothing was written.")
+DEFAULTS = vars(read_args([]))
 
 
 def main(argv=None):
-    flags = read_flags(argv)
-    p = start_processes()
+    """`pretrain` with the command line; -> exit code."""
+    args = read_args(argv)
     torch.set_flush_denormal(True)
-    if p.device.type == "cpu":
+    torch.backends.cudnn.benchmark = True      # shapes are fixed
+    if not torch.cuda.is_available():
         keep_freed_memory()
-    say = print if p.rank == 0 else lambda *_, **__: None
-    dataset = in_turn(flags.data, lambda: data.load_dataset(flags.data, "train"))
-    with torch.device("meta"):
-        feature_dim = ARCHS[flags.arch]().feature_dim
-    c, origin = resolve(flags, dataset, feature_dim)
-    p.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(c["amp"])
-    large_queue = check(c, len(dataset), p.world)
-    s, two_views = build(c, p, dataset, flags)
+    stop = StopSignals(wanted=not args.dry_run)
     try:
-        s.splits = labelled_splits(flags.data, c["seed"], dataset) if c["knn_every"] else None
-    except UserError as error:     # no labels: pretraining needs none
-        s.splits = None
-        say(f"no kNN during training: {error}")
-    drawn = " drawn by data.py (pass --data PATH for your own)" if flags.data == "shapes" else ""
-    say(f"{dataset.name}: {len(dataset)} images{drawn}, {s.per_epoch} steps an epoch; "
-        f"{p.world} process{'es' * (p.world > 1)} on {p.device.type}, "
-        f"{c['batch_size'] // p.world} images each, {c['bn_splits'] // p.world} batch-norm slices of "
-        f"{c['batch_size'] // c['bn_splits']}")
-    say("\n".join(f"  {name:14s} {str(value):22s} {origin[name]}" for name, value in c.items()))
-    if large_queue:
-        say("warning: the queue holds over a quarter of an epoch's keys: a smaller --queue-size has fewer of a query's own")
-    if s.step:
-        say(f"continuing {s.run} after step {s.step} of {s.total_steps}")
-    elif not s.dry_run and p.rank == 0:
-        with data.writing(s.run):
-            s.run.mkdir(parents=True, exist_ok=True)
-            for old in written(s.run):
-                old.unlink()
-            write(s.run / "args.json", as_json(c))
-            data.draw_view_pairs(two_views, s.run / "views.png")
-    for number in (signal.SIGINT, signal.SIGTERM):     # a dry run has nothing to save
-        signal.signal(number, signal.SIG_DFL if s.dry_run else lambda received, _: STOP.update(signal=received))
-    stopped = train(s)
-    if s.dry_run:
-        say(measured(s))
-    elif stopped:
-        say(f"stopped by {signal.Signals(stopped).name}: saved {s.run / 'last.pt'}; the same command continues", flush=True)
-    else:
-        say(f"done: {s.total_steps} steps. In {s.run}: backbone.pt (the weights, under torchvision's names), last.pt, "
-            f"log.csv, views.png\nnext: python lineval.py {shlex.quote(str(s.run))}")
-    if p.world > 1:
-        dist.destroy_process_group()
-    sys.exit(128 + stopped if stopped else 0)
+        return pretrain(args, stop)
+    finally:
+        stop.restore()
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
 
 
 def run(argv=None):
-    """`main`, with what a user or another process did wrong as one line and no traceback."""
+    """`main`, with what somebody did wrong as one line and no traceback."""
     try:
-        main(argv)
+        sys.exit(main(argv))
     except UserError as error:
         data.exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step: nothing was saved")
     except Exception as error:
-        # gloo and NCCL report a process that left; its own message says why.
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if several and any(words in str(error) for words in ("by peer", "NCCL", "Broken pipe")):
-            print(f"process {os.environ['RANK']}: another process stopped ({data.last_line(error)})", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)     # at once: an ordinary exit waits for the loader's workers, which outlive SIGTERM by a minute
+        # gloo and NCCL report that a process has left; its own message says why.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            print(f"process {os.environ['RANK']} ends, since another one did: "
+                  f"{data.last_line(error)}", file=sys.stderr)
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)                            # without waiting for the loader's workers
 
 
 if __name__ == "__main__":

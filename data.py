@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -417,8 +418,7 @@ def load_torchvision(name, split, root="datasets"):
 # ------------------------------------------------- files
 
 # Pillow's raster formats: never one that would start another program, as EPS does.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO",
-           "MPO")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 OURS = {"args.json", "lineval.json"}           # a folder with one of them was written by us
 
 
@@ -486,9 +486,9 @@ def read_image(path):
     JPEG is decoded by torchvision, everything else by Pillow. Raises UserError: with the system's
     words where the file cannot be had, with the decoder's where it is no image.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"cannot read {path!r}: it is no longer there, or no regular file")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"cannot read {path!r}: no regular file")
         with open(path, "rb") as file:
             encoded = file.read()
     except OSError as error:                   # the machine's fault, not the picture's
@@ -751,6 +751,7 @@ if __name__ == "__main__":
     try:
         if len(sys.argv) != 2:
             raise UserError(f"usage: python data.py PATH, or one of {', '.join(NAMES)}")
+        sys.stdout.reconfigure(errors="backslashreplace")     # for names that it cannot show
         describe(sys.argv[1])
     except UserError as user_error:
         exit_with(user_error)

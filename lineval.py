@@ -1,659 +1,1079 @@
 """Stage 2: what is in the frozen features.
 
-    python lineval.py                                     # the newest run
-    python lineval.py runs/A runs/B                       # side by side
-    python lineval.py RUN --data OTHER                    # transfer to another dataset
-    python lineval.py --weights FILE --arch resnet18 --data PATH      # any state dict with torchvision's names
+    python lineval.py                                # the newest run
+    python lineval.py runs/A runs/B                  # side by side
+    python lineval.py RUN --data OTHER               # transfer to another dataset
+    python lineval.py --weights FILE --arch resnet18 --data PATH      # torchvision's names
 
-Extracts the features once, then: linear probe, kNN, best-NN, and the second paper's view of the representation space
-([Small], arXiv 2107.14762, section 3), all next to the same network with random weights. Labels are used here only.
-Writes lineval.json, neighbors.png, map.png and soft_positives.png into the run's folder; with --data, --encoder or
---image-size other than the run's own lineval-OTHER.json, neighbors-OTHER.png and map-OTHER.png beside them.
+A network is frozen, its features are computed once, and simple readers are asked what is in them:
+
+    x = backbone(image),  z = x / |x|                 z' : z of an augmented view of the image
+    linear probe      argmax_c  w_c . x + b_c          w, b fitted on the training images
+    kNN               each near training image votes for its class by exp(z . z_near / 0.07)
+    own view found    z . z'  >  z . z_j               for every other image j
+    alignment         mean |z - z'|^2
+    uniformity        log mean exp(-2 |z_i - z_j|^2)   over all pairs
+    over-clustering   mean |z_i - z_j|^2 within classes / the same between classes
+    effective rank    exp(entropy of the singular values of z - mean z, as shares)
+
+A number alone says little, since an untrained network already has useful features. So all stand
+beside the same network with random weights. The last five need no training: [Small] (arXiv
+2107.14762) has own view found, alignment, uniformity and distances within classes. Labels serve
+the report alone, and without any it does with what is left. All views are made by MoCo v2's
+augmentations, whatever a run was trained with, so that runs compare.
 """
 import argparse
+import csv
 import json
 import math
 import os
+import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from data import UserError
+from data import LocalError, UserError, say
 from models import ARCHS, Encoder, build_backbone
 
+# ------------------------------------------------- features
+
+def center_batches(dataset, rows, image_size, device, workers, batch_size):
+    """Yield the evaluation views of `rows`, normalised, (B, 3, S, S) at a time."""
+    batches = [part.tolist() for part in rows.split(batch_size)]
+    views = data.CenterView(dataset, image_size)
+    for images, _, _ in data.iterate(views, batches, workers,
+                                     batch_bytes=3 * batch_size * image_size ** 2):
+        yield data.normalize(images.to(device))
+
+
+@torch.no_grad()
+def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0,
+                     batch_size=256, what="features"):
+    """Outputs of `net` for the evaluation view of each row -> (len(rows), F) on the CPU.
+
+    rows (N,): indices, default all. Several processes share the work; all but the first get
+    (0, F). float16 where float32 would take more than 2 GiB. The caller sets eval mode.
+    """
+    rows = torch.arange(len(dataset)) if rows is None else rows
+    mine = own_share(rows)
+    batches = center_batches(dataset, mine, image_size, device, workers, batch_size)
+    outputs = (net(images) for images in batches)
+    return collect(outputs, len(mine), len(rows), device, what)
+
+
+@torch.no_grad()
+def view_features(net, dataset, image_size, *, rows, seed=0, device="cpu", workers=0,
+                  batch_size=128, what="features of views"):
+    """Outputs for two augmented views of each row -> two (len(rows), F), as `extract_features`."""
+    mine = own_share(rows)
+    views = data.TwoViews(dataset, image_size, seed)
+    batches = [[(0, index) for index in part.tolist()] for part in mine.split(batch_size)]
+    loader = data.iterate(views, batches, workers, collate_fn=data.collate,
+                          batch_bytes=6 * batch_size * image_size ** 2)
+
+    def both(crops, params):
+        first = net(data.augment(crops[0].to(device), params[0]))
+        second = net(data.augment(crops[1].to(device), params[1]))
+        return torch.cat([first, second], 1)                             # (B, 2F)
+
+    outputs = (both(crops, params) for crops, params, _ in loader)
+    return collect(outputs, len(mine), len(rows), device, what).chunk(2, dim=1)
+
+
+def own_share(rows):
+    """This process's part of `rows`; the last row again where the parts would be unequal."""
+    if not dist.is_initialized():
+        return rows
+    each = math.ceil(len(rows) / dist.get_world_size())
+    first = dist.get_rank() * each
+    return rows[torch.arange(first, first + each).clamp(max=len(rows) - 1)]
+
+
+def collect(outputs, mine, total, device, what):
+    """Outputs (B, F), a batch at a time, `mine` in all -> (total, F) on the first process."""
+    progress = data.Progress(what, mine)
+    features, done = None, 0
+    try:
+        for out in outputs:
+            if features is None:     # at once: parts and their concatenation take twice the memory
+                large = 4 * total * out.shape[1] > 2 ** 31
+                dtype = torch.float16 if large else torch.float32
+                features = torch.empty(mine, out.shape[1], dtype=dtype)
+            features[done:done + len(out)] = out
+            done += len(out)
+            progress.show(done)
+    except UserError as error:       # an image that only this process has seen
+        raise LocalError(data.last_line(error)) from None
+    if not dist.is_initialized():
+        return features
+    first = dist.get_rank() == 0
+    whole = torch.empty(dist.get_world_size() if first else 0, *features.shape,
+                        dtype=features.dtype, device=device)
+    dist.gather(features.to(device), list(whole) if first else None)
+    return whole.flatten(0, 1)[:total].cpu()
+
+
+@torch.no_grad()
+def estimate_batch_norm(net, dataset, rows, image_size, *, device="cpu", workers=0, seed=0,
+                        batches=16, batch_size=128):
+    """Give a random network the data's batch statistics, the mean over some batches: without
+    them it would be a worse baseline than it need be."""
+    order = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:batches * batch_size]]
+    if len(order) % batch_size == 1:                                     # it has no variance
+        order = order[:-1]
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    net.train()
+    parts = center_batches(dataset, order, image_size, device, workers, batch_size)
+    for number, images in enumerate(parts, 1):
+        for layer in layers:
+            layer.momentum = 1 / number                                  # so it becomes a mean
+        net(images)
+    for layer in layers:
+        layer.momentum = 0.1
+    net.eval()
+
+
+# ------------------------------------------------- measures with labels
+
+def unit(x):
+    """Rows of length 1, in float32 or wider; 0 stays 0."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-30)
+
+
+def neighbors(x, others, k, *, euclidean=False, device="cpu", step=1024, block=1 << 17):
+    """The k nearest rows of `others` (M, F), or all if fewer, for each row of x (N, F).
+
+    -> similarity (N, k), rows (N, k), nearest first; similarity is the cosine, or minus the
+    Euclidean distance. At most step x block pairs are in memory at a time.
+    """
+    progress = data.Progress("nearest neighbours", len(x))
+    similarities, indices = [], []
+    for part in x.split(step):
+        part = part.to(device).float()
+        values, rows = [], []                                            # of each block
+        for start in range(0, len(others), block):
+            candidates = others[start:start + block].to(device).float()
+            if euclidean:
+                similarity = -torch.cdist(part, candidates)
+            else:
+                similarity = unit(part) @ unit(candidates).T
+            top = similarity.topk(min(k, len(candidates)))
+            values.append(top.values)
+            rows.append(top.indices + start)
+        best = torch.cat(values, 1).topk(min(k, len(others)))
+        similarities.append(best.values.cpu())
+        indices.append(torch.cat(rows, 1).gather(1, best.indices).cpu())
+        progress.show(sum(map(len, indices)))
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def accuracy(predicted, labels):
+    return (predicted == labels).double().mean().item()
+
+
+def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, device="cpu"):
+    """Weighted kNN (arXiv 1805.01978, section 3.4): votes exp(cosine / temperature) of the k
+    nearest. x (N, F), y (N,) classes -> accuracy on val.
+
+    k is at most the mean size of a class, or a small dataset's neighbourhood would be most of it.
+    """
+    k = min(k, len(train_x) // len(train_y.unique()))
+    similarity, rows = neighbors(val_x, train_x, k, device=device)       # (V, k)
+    weights = ((similarity - 1) / temperature).exp()
+    votes = torch.zeros(len(val_x), int(train_y.max()) + 1)
+    votes.scatter_add_(1, train_y[rows], weights)
+    return accuracy(votes.argmax(1), val_y)
+
+
+def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
+    """Unweighted vote of the k nearest by Euclidean distance -> (accuracy, k) of the best odd k.
+
+    x (N, F), y (N,). k is chosen on val itself, which flatters. Of classes with equal votes the
+    first wins, of several k the least.
+    """
+    _, rows = neighbors(val_x, train_x, max_k, euclidean=True, device=device)
+    near = train_y[rows]                                                 # (V, max_k)
+    best, best_k = -1.0, 0
+    for k in range(1, near.shape[1] + 1, 2):
+        found = accuracy(near[:, :k].mode().values, val_y)
+        if found > best:
+            best, best_k = found, k
+    return best, best_k
+
+
+DECAYS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)        # for features of length about 1
+MOST_NUMBERS = {"cpu": 2 ** 26, "cuda": 2 ** 29}     # N x F that a probe is fitted to
+
+
+def fit_softmax(x, y, classes, decay, steps=200):
+    """Minimise mean cross entropy + decay / 2 |weight|^2: a convex problem, so by L-BFGS.
+
+    x (N, F), y (N,) -> weight (F, classes), bias (classes,).
+    """
+    weight = torch.zeros(x.shape[1], classes, device=x.device, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20,
+                                  tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    progress = data.Progress(f"linear probe, weight decay {decay:g}, steps", steps)
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
+        loss.backward()
+        calls += 1
+        progress.show(min(calls, steps))
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays=DECAYS):
+    """Softmax regression on frozen features: x (N, F), y (N,) -> dict of top1 (on val),
+    weight_decay, held_out (the accuracy that chose it), rows (how many it was fitted to).
+
+    Features are standardised by train's statistics and divided by sqrt(F). The weight decay is
+    chosen on a tenth of train, never on val; then all of train is fitted. Of more than
+    `MOST_NUMBERS` a keyed part of the rows is used.
+    """
+    most = MOST_NUMBERS[torch.device(device).type] // train_x.shape[1]
+    order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)[:most]
+    if len(order) < len(train_x):
+        say(f"linear probe: fitted to {len(order):,} of {len(train_x):,} images, since all "
+            f"features would be too large")
+    x, y = train_x[order].to(device).float(), train_y[order].to(device)
+    mean, var = x.double().mean(0), x.double().var(0, correction=0)
+    # Constant features become 0. Relative, since a random network's features can be tiny.
+    var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
+    mean, scale = mean.float(), (var.rsqrt() / math.sqrt(x.shape[1])).float()
+    x = (x - mean) * scale
+    classes = int(max(train_y.max(), val_y.max())) + 1
+
+    judge = max(1, len(x) // 10)
+    held_out = {}
+    for decay in decays:
+        weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay)
+        held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
+    decay = max(held_out, key=held_out.get)
+    weight, bias = fit_softmax(x, y, classes, decay)
+
+    predicted = []
+    for part in val_x.split(8192):
+        scores = (part.to(device).float() - mean) * scale @ weight + bias
+        predicted.append(scores.argmax(1).cpu())
+    return dict(top1=accuracy(torch.cat(predicted), val_y), weight_decay=decay,
+                held_out=held_out[decay], rows=len(x))
+
+
+def augmented_probe(net, splits, val_x, image_size, *, epochs=100, seed=0, device="cpu",
+                    workers=0, batch_size=256):
+    """[Small]'s linear protocol, for every network: a new random crop and flip of each image in
+    every epoch; batch 256, lr 30, a tenth of it after 60 and after 80 of 100 epochs.
+
+    val_x (V, F): features of splits.val_rows -> top-1 on val.
+    """
+    views = data.TwoViews(splits.train, image_size, seed, min_scale=0.08, jitter_p=0, gray_p=0,
+                          blur_p=0)
+    rows, labels = splits.train_rows, splits.train.labels
+    batch_size = min(batch_size, len(rows))
+    layer = nn.Linear(val_x.shape[1], len(splits.names)).to(device)
+    nn.init.normal_(layer.weight, 0, 0.01)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), 30 * batch_size / 256, momentum=0.9)
+    total = epochs * (len(rows) // batch_size)
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [total * 6 // 10, total * 8 // 10])
+    progress = data.Progress("linear probe on augmented images, steps", total)
+    batches = ([(epoch, int(rows[i])) for epoch, i in items]
+               for items in data.schedule(len(rows), batch_size, epochs, seed))
+    loader = data.iterate(views, batches, workers, collate_fn=data.collate,
+                          batch_bytes=6 * batch_size * image_size ** 2)
+    for step, (crops, params, index) in enumerate(loader, 1):
+        with torch.no_grad():
+            x = net(data.augment(crops[0].to(device), params[0]))        # (B, F)
+        optimizer.zero_grad()
+        F.cross_entropy(layer(x), labels[index].to(device)).backward()
+        optimizer.step()
+        steps.step()
+        progress.show(step)
+    with torch.no_grad():
+        predicted = layer(val_x.to(device).float()).argmax(1).cpu()
+    return accuracy(predicted, splits.val.labels[splits.val_rows])
+
+
+# ------------------------------------------------- the representation space
+
+ROUNDING = 1e-6           # cosines that differ by less count as equal
+COLLAPSED = 1e-12         # mean squared distance below which unit rows differ by rounding alone
+
+
+def find_own(x, positive, step=1024):
+    """Compare each row of x (N, F) with its row of `positive`, and with all other rows of x
+    -> share of rows to which no other is as near (chance 1 / N), share of all others that are
+    farther away (chance 1/2). To a network that has collapsed all are equally near: 0, 0."""
+    x = unit(x)
+    own = (x * unit(positive)).sum(1, keepdim=True)                      # (N, 1)
+    n, found, nearer = len(x), 0, 0
+    for start in range(0, n, step):
+        rows = torch.arange(start, min(start + step, n))
+        near = x[rows] @ x.T > own[rows] - ROUNDING                      # (step, N)
+        near[torch.arange(len(rows)), rows] = False                      # an image itself
+        found += int((near.sum(1) == 0).sum())
+        nearer += int(near.sum())
+    return found / n, 1 - nearer / (n * (n - 1))
+
+
+def sum_of_distances(x):
+    """Sum of |x_i - x_j|^2 over all ordered pairs of rows: 2 N sum |x_i - mean|^2."""
+    x = x.double()
+    return 2 * len(x) * (x - x.mean(0)).square().sum()
+
+
+def class_distances(x, labels):
+    """intra_class: mean |x_i - x_j|^2 within a class, the mean over classes; inter_class: the
+    mean over pairs of different classes; over_clustering: their ratio. x (N, F) unit rows."""
+    x, labels = x[labels >= 0], labels[labels >= 0]
+    within, pairs = [], []
+    for c in labels.unique():
+        members = x[labels == c]
+        within.append(sum_of_distances(members))
+        pairs.append(len(members) * (len(members) - 1))
+    if max(pairs, default=0) == 0 or len(pairs) < 2:
+        return {}
+    within, pairs = torch.stack(within), torch.tensor(pairs)
+    intra = (within / pairs)[pairs > 0].mean()
+    inter = (sum_of_distances(x) - within.sum()) / (len(x) * (len(x) - 1) - pairs.sum())
+    out = dict(intra_class=intra.item(), inter_class=inter.item())
+    if inter > COLLAPSED:
+        out["over_clustering"] = (intra / inter).item()
+    return out
+
+
+def uniformity(x):
+    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242)."""
+    n, total = len(x), 0.0
+    for part in x.split(2048):
+        total += (-2 * torch.cdist(part, x).square()).exp().double().sum().item()
+    return math.log(max(total - n, 1e-300) / (n * (n - 1)))              # i = i gave exp(0) each
+
+
+@torch.no_grad()
+def representation_space(original, view1, view2, labels):
+    """Features of images and of two augmented views of each, (N, F), labels (N,), -1 for none
+    -> dict of floats, without those that are undefined (no labels, a complete collapse).
+
+    _views: of two views, else of an image and its view. All on unit rows and all pairs. [Small]
+    has own view found, alignment, uniformity and intra-class; the others are ours, effective rank
+    after Roy and Vetterli 2007.
+    """
+    original, view1, view2 = unit(original), unit(view1), unit(view2)
+    own_view, others_farther = find_own(original, view1)
+    out = dict(
+        own_view=own_view,
+        others_farther_from_view=others_farther,
+        own_view_views=find_own(view1, view2)[0],
+        alignment=(original - view1).square().sum(1).mean().item(),
+        alignment_views=(view1 - view2).square().sum(1).mean().item(),
+        uniformity=uniformity(original),
+        spread=original.double().var(0, correction=0).sum().sqrt().item(),
+        view_images=len(original))
+    out |= class_distances(original, labels)
+    if sum_of_distances(original) > COLLAPSED * len(original) ** 2:
+        singular = torch.linalg.svdvals((original - original.mean(0)).double())
+        out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
+    return out
+
+
+def near_duplicates(x, most=20_000, device="cpu", seed=0):
+    """Images, of at most `most`, whose nearest other image is ten times as near as is usual: its
+    1 - cosine is below a tenth of the median. x (N, F) -> pairs of rows (P, 2), nearest first."""
+    rows = data.permutation(len(x), data.SAMPLE, seed, 5)[:most]
+    similarity, near = neighbors(x[rows], x[rows], 2, device=device)     # itself, and the next
+    distance = 1 - similarity[:, 1]
+    itself = near[:, 0] == torch.arange(len(rows))
+    other = torch.where(itself, near[:, 1], near[:, 0])
+    order = distance.argsort()
+    order = order[distance[order] < distance.median() / 10]
+    return torch.stack([rows[order], rows[other[order]]], 1)
+
+
+# ------------------------------------------------- while training (for pretrain.py)
+
+KNN_TRAIN, KNN_VAL = 50_000, 10_000            # the most images that are compared
+
+
+def online_knn(encoder, splits, image_size, seed, *, device, workers):
+    """kNN accuracy of the backbone's features and of the head's output, encoder in eval mode
+    -> {"knn_backbone": ..., "knn_head": ...} on the first process, {} on the others."""
+    def backbone_and_head(images):
+        features = encoder.backbone(images)
+        return torch.cat([features, encoder.head(features)], 1)
+
+    def sample(dataset, rows, most):
+        rows = rows[data.permutation(len(rows), data.SAMPLE, seed)[:most]]
+        x = extract_features(backbone_and_head, dataset, image_size, rows=rows, device=device,
+                             workers=workers, what="features for the kNN")
+        return x, dataset.labels[rows]
+
+    train_x, train_y = sample(splits.train, splits.train_rows, KNN_TRAIN)
+    val_x, val_y = sample(splits.val, splits.val_rows, KNN_VAL)
+    if not len(train_x):
+        return {}
+    width = encoder.backbone.feature_dim
+    return {
+        "knn_backbone": knn_accuracy(train_x[:, :width], train_y, val_x[:, :width], val_y,
+                                     device=device),
+        "knn_head": knn_accuracy(train_x[:, width:], train_y, val_x[:, width:], val_y,
+                                 device=device),
+    }
+
+
+def online_own_view(encoder, dataset, rows, image_size, *, device, workers):
+    """Share of images whose augmented view is nearer than every other image, for the backbone's
+    features, encoder in eval mode -> {"own_view": ...} on all processes."""
+    options = dict(rows=rows, device=device, workers=workers)
+    original = extract_features(encoder.backbone, dataset, image_size, **options)
+    view, _ = view_features(encoder.backbone, dataset, image_size, **options)
+    share = find_own(original, view)[0] if len(original) else 0.0
+    if dist.is_initialized():
+        share = torch.tensor(share, device=device)
+        dist.broadcast(share, 0)
+    return {"own_view": float(share)}
+
+
+# ------------------------------------------------- the report
+
+MEASURES = {              # name: (title, how to read it); titles in % are shares of images
+    "linear_top1": ("linear probe %", "higher: one plane a class tells the classes apart"),
+    "augmented_top1": ("linear, augmented %", "higher: [Small]'s protocol, lr 30 in steps"),
+    "knn": ("kNN %", "higher: near images are of the same class; nothing is trained"),
+    "best_nn": ("best-NN % (Euclidean)", "higher: its k is chosen on val, which flatters"),
+    "best_nn_unit": ("best-NN % (unit length)", "the same on features of length 1"),
+    "over_clustering": ("over-clustering", "lower: classes lie together; 1: they do not show"),
+    "effective_rank": ("effective rank", "higher: more directions are used; 1: collapsed"),
+    "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
+    "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
+                                 "than the own view; 50: chance"),
+    "own_view_views": ("view finds view %", "higher: the same, harder"),
+    "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
+    "alignment_views": ("alignment of two views", "lower: the same for two views"),
+    "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
+    "spread": ("spread", "1: no common direction; 0: all images alike, collapsed"),
+    "intra_class": ("intra-class distance", "lower among networks of one recipe; across recipes "
+                                            "[Small]'s better networks have higher ones"),
+    "inter_class": ("inter-class distance", "higher: classes lie apart"),
+    "near_duplicates": ("images with a near-copy", "another image ten times as near as is usual; "
+                                                   "lineval.json names them"),
+}
+TABLE = ("linear_top1", "augmented_top1", "knn", "over_clustering", "effective_rank", "own_view")
+TABLE_UNLABELLED = ("effective_rank", "own_view", "others_farther_from_view", "alignment",
+                    "uniformity", "spread", "near_duplicates")
+
+
+def evaluate(net, splits, job, title):
+    """All measures of one frozen network -> namespace of report, train_x, val_x, pairs; on all
+    processes but the first None."""
+    net.eval()                # or batch norm would adapt to the images of the evaluation
+    options = dict(device=job.device, workers=job.workers)
+    x, views, chosen, labels = {}, {}, {}, {}
+    for part in ("train", "val"):
+        dataset, rows = getattr(splits, part), getattr(splits, part + "_rows")
+        labels[part] = dataset.labels[rows] if splits.names else torch.full((len(rows),), -1)
+        chosen[part] = choose(labels[part], job.per_class, job.seed)
+        x[part] = extract_features(net, dataset, job.image_size, rows=rows, **options,
+                                   what=f"features of {title}, {part}")
+        views[part] = view_features(net, dataset, job.image_size, rows=rows[chosen[part]],
+                                    seed=job.seed, **options, what=f"views for {title}, {part}")
+    if job.rank:
+        return None
+    report = dict(val_images=len(x["val"]))
+    if splits.names:
+        both = x["train"], labels["train"], x["val"], labels["val"]
+        for name, value in linear_probe(*both, seed=job.seed, device=job.device).items():
+            report["linear_" + name] = value
+        report["knn"] = knn_accuracy(*both, device=job.device)
+        report["best_nn"], report["best_nn_k"] = best_nn(*both, device=job.device)
+        report["best_nn_unit"], _ = best_nn(unit(x["train"]), labels["train"], unit(x["val"]),
+                                            labels["val"], device=job.device)
+    spaces = {}
+    for part in ("train", "val"):
+        mine = chosen[part]
+        spaces[part] = representation_space(x[part][mine], *views[part], labels[part][mine])
+    report |= spaces["val"] | {"train": spaces["train"]}
+    pairs = []
+    if not splits.names:
+        pairs = near_duplicates(x["train"], device=job.device, seed=job.seed)
+        report["near_duplicates"] = len(pairs)
+    return SimpleNamespace(report=report, train_x=x["train"], val_x=x["val"], pairs=pairs)
+
+
+def choose(labels, per_class, seed, unlabelled=1000):
+    """Keyed rows (M,) for the measures of the space: `per_class` of each class, or some of all."""
+    order = data.permutation(len(labels), data.SAMPLE, seed, 4)
+    chosen = []
+    for c in labels.unique().tolist():
+        most = per_class if c >= 0 else unlabelled
+        chosen.append(order[labels[order] == c][:most])
+    return torch.cat(chosen)
+
+
+def standard_error(share, n):
+    """Of a share of n independent images: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def verdict(trained, random, log=()):
+    """One sentence on a network beside its random twin: their reports, and the run's log (rows
+    of floats). The first rule that fits:
+
+    collapsed: effective rank below 2 or undefined, or the head's spread in the log below 0.1.
+    no better than random: the linear probe (without labels: own view found, and the share of
+        other images farther than it) is not two standard errors of the difference above the
+        random network's. The second share has the power where images are all of few kinds.
+    still rising: the log's own view, or kNN, or else 1 - loss / chance, whichever has at least 3
+        values, has gained more than 0.01 in its last third.
+    done: otherwise. Without a log neither of the last two is claimed.
+    """
+    spreads = [row["spread"] for row in log if "spread" in row]
+    if trained.get("effective_rank", 1) < 2 or (spreads and spreads[-1] < 0.1):
+        return "collapsed: all images have nearly the same features"
+    better = False
+    names, images = ["own_view", "others_farther_from_view"], "view_images"
+    if "linear_top1" in trained:
+        names, images = ["linear_top1"], "val_images"
+    for name in names:
+        n = trained[images]
+        error = math.hypot(standard_error(trained[name], n), standard_error(random[name], n))
+        better = better or trained[name] > random[name] + 2 * error
+    if not better:
+        return f"no better than random: {MEASURES[names[0]][0][:-2]} is within two standard errors"
+    histories = [
+        [row["own_view"] for row in log if "own_view" in row],
+        [row["knn_backbone"] for row in log if "knn_backbone" in row],
+        [1 - row["loss"] / row["chance"] for row in log],
+    ]
+    long = [history for history in histories if len(history) >= 3]
+    if not long:
+        return "learnt something: clearly better than random; no log says whether it still rises"
+    history = long[0]
+    if history[-1] - history[len(history) * 2 // 3 - 1] > 0.01:
+        return "learnt something and still rising: more epochs would most likely help"
+    return "done: clearly better than random, and the last third of the run added nothing"
+
+
+def read_log(path):
+    """log.csv -> a list of {column: float}, without empty cells; [] where there is none."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: float(cell) for name, cell in row.items() if cell}
+                    for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []             # a log is only a report
+
+
+def print_table(columns, names):
+    """columns {title: report}, side by side; a share with its standard error."""
+    say(f"{'':25s}" + "".join(f"{title:>{max(16, len(title) + 2)}s}" for title in columns))
+    for name in names:
+        title, reading = MEASURES[name]
+        if not any(name in report for report in columns.values()):
+            continue
+        line = f"{title:25s}"
+        for heading, report in columns.items():
+            cell = f"{report[name]:.3f}" if name in report else "-"
+            if name == "near_duplicates":
+                cell = str(report[name])
+            if title.split(" (")[0].endswith("%") and name in report:
+                n = report["view_images" if "view" in name else "val_images"]
+                error = standard_error(report[name], n)
+                cell = f"{100 * report[name]:.1f} ± {100 * error:.1f}"
+            line += f"{cell:>{max(16, len(heading) + 2)}s}"
+        say(f"{line}   {reading}")
+
+
+# ------------------------------------------------- datasets and weights
+
 HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
-FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")      # torchvision's 1000-class layers
-# The probe's (learning rate, weight decay) pairs, for features of length about 1.
-GRID = [(lr, decay) for lr in (0.3, 1.0, 3.0, 10.0, 30.0) for decay in (0.0, 1e-6, 1e-5, 1e-4)]
+FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")     # torchvision's, of 1000 classes
 
-
-# ---------------------------------------------------------------------- device, weights and datasets
 
 def own_device():
-    """The GPU of this process, one for each on a machine, or the CPU where there is none."""
+    """The GPU of this process, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= gpus:
-        error = UserError(f"process {local_rank} of this machine has no GPU of its own, there are {gpus}: "
-                          f"pass --nproc_per_node={gpus} to torchrun")
-        error.from_one_process = local_rank == gpus      # more of them have nothing to add
-        raise error
+        kind = LocalError if local_rank == gpus else UserError           # one of them says it
+        raise kind(f"process {local_rank} of this machine has no GPU of its own, there are {gpus}: "
+                   f"pass --nproc_per_node={gpus} to torchrun")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def in_turn(name, load):
-    """load(), the first process of each machine before the others where dataset `name` may have to be downloaded."""
+    """load(), on each machine first by one process where dataset `name` may be downloaded."""
     waits = dist.is_initialized() and name in data.TORCHVISION
     later = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if waits and later:
         dist.barrier()
     try:
         return load()
-    finally:     # also where it failed: then the others fail alike, instead of waiting for a process that left
+    finally:                  # also where it failed: then the others fail alike
         if waits and not later:
             dist.barrier()
 
+
+def load_splits(name, seed, train, classes, labelled):
+    if train is None:
+        train = data.load_dataset(name, "train", classes)
+    val = data.load_dataset(name, "val", classes) if data.has_val(name) else train
+    least = 0 if labelled else -1                                        # -1 is no label
+    train_rows = (train.labels >= least).nonzero().flatten()
+    val_rows = (val.labels >= least).nonzero().flatten()
+    note = ""
+    if val is train:
+        order = train_rows[data.permutation(len(train_rows), data.HOLD_OUT, seed)]
+        held_out = round(HELD_OUT * len(order))
+        val_rows, train_rows = order[:held_out].sort().values, order[held_out:].sort().values
+        note = f"no val split: {len(val_rows)} of {len(order)} images held out, keyed by the seed"
+    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows,
+                           names=train.classes if labelled else [], note=note)
+
+
+def labelled_splits(name, seed=0, train=None, classes=True):
+    """-> namespace of train, train_rows, val, val_rows (rows with a label), names (of classes),
+    note. Without a val split a keyed fifth of train is held out. `train`: the dataset, if loaded
+    already. Raises UserError for fewer than two classes."""
+    splits = load_splits(name, seed, train, classes, labelled=True)
+    count = len(splits.train.labels[splits.train_rows].unique())
+    if count < 2 or len(splits.val.labels[splits.val_rows].unique()) < 2:
+        found = f"{count} class{'es' * (count != 1)}" if len(splits.train_rows) else "no labels"
+        raise UserError(f"{name} has {found} for {len(splits.train_rows)} training and "
+                        f"{len(splits.val_rows)} validation images: classes need at least 2 "
+                        f"folders in each")
+    return splits
+
+
+def unlabelled_splits(name, seed=0, train=None):
+    """The same without labels: all rows, names []."""
+    splits = load_splits(name, seed, train, classes=False, labelled=False)
+    if len(splits.val_rows) < 2 or len(splits.train_rows) < 2:
+        raise UserError(f"{name} has {len(splits.train_rows)} training and {len(splits.val_rows)} "
+                        f"validation images: at least 2 of each are needed")
+    return splits
+
+
+def load_file(path):
+    """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
+    if str(path).endswith(".safetensors"):
+        raise UserError(f"{path} is a safetensors file: load it with that package and save the "
+                        f"state dict by torch.save")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: pass the path of a checkpoint") from None
+    except Exception as error:     # truncated, a pickle with code, garbage: torch raises many types
+        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: damaged, or not plain "
+                        f"weights): use another copy, or start afresh with --restart if it is a "
+                        f"run's last.pt") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save "
+                        f"model.state_dict()")
+    return content
+
+
+def load_weights(backbone, path, encoder="query"):
+    """Fill `backbone` from a state dict with torchvision's names, or from a run's last.pt
+    (`encoder`: query or key). Raises UserError for what does not fit."""
+    weights = load_file(path)
+    part = "key_encoder" if encoder == "key" else "encoder"
+    if "settings" in weights and part in weights:
+        weights = {name.removeprefix("backbone."): value for name, value in weights[part].items()
+                   if name.startswith("backbone.")}
+    weights = {str(name): value for name, value in weights.items()
+               if not str(name).startswith(FINAL_LAYERS)}
+    for name, value in weights.items():
+        if torch.is_tensor(value) and value.isnan().any():
+            raise UserError(f"{path} holds NaN in {name}: the training that made it diverged")
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:80]              # the first of them
+        raise UserError(f"{path} does not fit this network ({reason} ...): pass the --arch and "
+                        f"image size it was made with; the names must be torchvision's (timm's "
+                        f"differ)") from None
+
+
+# ------------------------------------------------- pictures
+
+BLUE, ORANGE, GRAY = (40, 100, 220), (240, 140, 20), (150, 150, 150)
+COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+          (140, 86, 75), (227, 119, 194), (90, 90, 90), (188, 189, 34), (23, 190, 207),
+          (0, 0, 120), (255, 190, 130))
+
+
+def draw_curve(log_csv, png, width=600, height=170):
+    """The log as a picture: loss, kNN or own view found, neighbours of the same class."""
+    rows = read_log(log_csv)
+    panels = []
+    for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
+                         ("same_class", "same_class_chance")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            panels.append((name, points, [row[chance] for row in rows if chance in row]))
+    image = Image.new("RGB", (width, height * max(1, len(panels)) + 30), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    last = max([row["step"] for row in rows], default=1)
+    left, right = 60, width - 20
+    for number, (name, points, chances) in enumerate(panels):
+        top = number * height + 28
+        bottom = top + height - 36
+        values = [value for _, value in points] + chances[-1:]
+        margin = 0.08 * (max(values) - min(values)) or 0.05
+        low, high = min(values) - margin, max(values) + margin
+
+        def place(step, value):
+            up = (value - low) / (high - low)
+            return left + (right - left) * step / last, bottom - (bottom - top) * up
+
+        title = name.replace("_", " ") + (", gray: chance" if chances else "")
+        pen.text((left, top - 22), title, "black", font)
+        pen.rectangle((left, top, right, bottom), outline=GRAY)
+        for value in (low + margin, (low + high) / 2, high - margin):
+            x, y = place(0, value)
+            pen.text((x - 6, y), f"{value:.2f}", "black", font, anchor="rm")
+        if chances:
+            pen.line([place(0, chances[-1]), place(last, chances[-1])], GRAY, 2)
+        if len(points) > 1:
+            pen.line([place(*point) for point in points], BLUE, 2)
+        x, y = place(*points[-1])
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), BLUE)
+    for share in (0, 0.5, 1):
+        x = left + (right - left) * share
+        pen.text((x, image.height - 14), f"{share * last:,.0f}", "black", font, anchor="mm")
+    pen.text((6, image.height - 14), "step", "black", font, anchor="lm")
+    with data.writing(png):
+        image.save(png)
+
+
+def draw_rows(path, title, queries, query_rows, others, other_rows):
+    """A line of pictures for each query: itself, then `other_rows` (Q, M) of `others`. Blue frame
+    and a tick: the same class; orange: another; gray: no label."""
+    theirs, own = others.labels[other_rows], queries.labels[query_rows][:, None]
+    known = (theirs >= 0) & (own >= 0)
+    same = known & (theirs == own)
+    image = Image.new("RGB", (168 + 72 * other_rows.shape[1], 28 + 76 * len(query_rows)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    if known.any():
+        shares = torch.bincount(others.labels[others.labels >= 0]).double()
+        chance = (shares / shares.sum()).square().sum()
+        title += f": {same.sum() / known.sum():.0%} of its class (chance {chance:.0%})"
+    pen.text((6, 6), title, "black", font)
+
+    def paste(dataset, row, frame, x, y):                                # 64 px, framed by 4
+        picture, _, _ = data.CenterView(dataset, 64)[row]
+        image.paste(ImageOps.expand(to_pil_image(picture), 4, frame), (x, y))
+
+    for i, row in enumerate(query_rows.tolist()):
+        y, label = 28 + 76 * i, queries.labels[row]
+        if label >= 0:
+            pen.text((4, y + 28), queries.classes[label][:11], "black", font)
+        paste(queries, row, GRAY, 90, y)
+        for j, other in enumerate(other_rows[i].tolist()):
+            x = 168 + 72 * j
+            frame = ORANGE if known[i, j] else GRAY
+            paste(others, other, BLUE if same[i, j] else frame, x, y)
+            if same[i, j]:
+                pen.rectangle((x + 50, y + 52, x + 70, y + 70), BLUE)
+                pen.line([(x + 53, y + 61), (x + 58, y + 66), (x + 67, y + 56)], "white", 3)
+    image.save(path)
+
+
+@torch.no_grad()
+def draw_soft_positives(path, run, settings, dataset, seed, queries=10, count=8):
+    """From last.pt: some images, and the keys in the queue that would get their smoothing."""
+    if dataset.fingerprint != settings["dataset"]:                       # the queue's are others
+        raise UserError("these are not the images of pretraining")
+    state = load_file(run / "last.pt")
+    size = settings["image_size"]
+    encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], size <= data.SMALL)
+    encoder.load_state_dict(state["encoder"])
+    real = state["queue"]["index"] >= 0
+    if not real.any():
+        raise UserError("the queue holds no image's key yet")
+    picks = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
+    images = torch.cat(list(center_batches(dataset, picks, size, "cpu", 0, queries)))
+    _, near = neighbors(encoder.eval()(images), state["queue"]["keys"][real], count)
+    draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
+              state["queue"]["index"][real][near])
+
+
+def draw_map(path, panels, labels, names, side=420):
+    """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, 12 at
+    most, each class's name at its centroid."""
+    image = Image.new("RGB", (len(panels) * side, side + 28), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    shown = labels.unique()[:len(COLORS)].tolist()
+    for number, (title, features) in enumerate(panels.items()):
+        x = unit(features)
+        x = x - x.mean(0)
+        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T    # (N, 2)
+        low, high = plane.amin(0), plane.amax(0)
+        plane = 14 + (side - 28) * (plane - low) / (high - low).clamp(min=1e-12)
+        plane += torch.tensor([number * side, 28])
+        pen.text((number * side + 8, 6), title, "black", font)
+        pen.rectangle((number * side, 28, (number + 1) * side - 2, side + 26), outline=GRAY)
+        for c, color in zip(shown, COLORS):
+            for u, v in plane[labels == c].tolist():
+                pen.ellipse((u - 2, v - 2, u + 2, v + 2), color)
+        for c in shown:
+            u, v = plane[labels == c].mean(0).tolist()
+            pen.text((u, v), names[c][:16], "black", font, anchor="mm", stroke_width=2,
+                     stroke_fill="white")
+    image.save(path)
+
+
+# ------------------------------------------------- one job after the other
 
 def place(name):
     """A dataset's name, or its folder's one path from the root."""
     return name if name in data.NAMES else os.path.realpath(name)
 
 
-def load_file(path):
-    """A checkpoint as plain tensors, numbers and strings; anything else is named and not loaded (weights_only)."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: pass the path of a checkpoint") from None
-    except Exception as error:     # truncated zip, pickle with code, garbage: torch raises many types
-        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: truncated, or not plain weights) and was "
-                        f"not run: use another copy, or start afresh with --restart if it is a run's last.pt") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
-    return content
-
-
-def load_weights(backbone, path, encoder="query"):
-    """Fill `backbone` from a state dict with torchvision's names, or from a run's last.pt (`encoder`: query or key)."""
-    weights = load_file(path)
-    part = {"query": "encoder", "key": "key_encoder"}[encoder]
-    if "settings" in weights and part in weights:
-        weights = {k.removeprefix("backbone."): v for k, v in weights[part].items() if k.startswith("backbone.")}
-    weights = {str(k): v for k, v in weights.items() if not str(k).startswith(FINAL_LAYERS)}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:80]      # the first that torch names
-        raise UserError(f"{path} does not fit this network ({reason} ...): "
-                        f"pass the --arch (and image size) it was made with") from None
-
-
-def labelled_splits(name, seed=0, train=None):
-    """train, train_rows, val, val_rows (labelled rows of each dataset), classes, note. Where there is no val split,
-    a keyed fifth of train is held out. Raises UserError for no labels or one class."""
-    train = train or data.load_dataset(name, "train")
-    val = data.load_dataset(name, "val") if data.has_val(name) else train
-    train_rows, val_rows = ((dataset.labels >= 0).nonzero().flatten() for dataset in (train, val))
-    note = ""
-    if val is train:
-        order = train_rows[torch.from_numpy(data.keyed_permutation(len(train_rows), data.HOLD_OUT, seed))]
-        val_rows, train_rows = (part.sort().values for part in order.tensor_split([round(HELD_OUT * len(order))]))
-        note = (f"no val split: {len(val_rows)} of {len(order)} images held out "
-                f"(keyed by the seed; pretraining on these data saw them, unlabelled)")
-    classes = len(train.labels[train_rows].unique())
-    if classes < 2 or len(val.labels[val_rows].unique()) < 2:
-        what = f"{classes} class{'es' * (classes != 1)}" if len(train_rows) else "no labels"
-        raise UserError(f"{name} has {what} for {len(train_rows)} training and {len(val_rows)} validation images: "
-                        f"evaluation needs at least 2 classes in each, a folder a class")
-    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows, names=train.classes,
-                           note=note)
-
-
-# ---------------------------------------------------------------------- features
-
-@torch.no_grad()
-def outputs(net, dataset, rows, image_size, *, device="cpu", workers=0, batch_size=256):
-    """Yield the outputs (B, F) of `net` for the evaluation views of `rows`, a batch at a time."""
-    loader = DataLoader(Subset(data.CenterView(dataset, image_size), rows.tolist()), batch_size, num_workers=workers,
-                        worker_init_fn=data.outlive_signals, pin_memory=str(device).startswith("cuda"))
-    for images, _, _ in loader:
-        yield net(data.normalize(images.to(device)))
-
-
-def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0, batch_size=256):
-    """Outputs (len(rows), F) of `net` for the evaluation view of each row, on the CPU; float16 where float32 would pass
-    2 GiB. The work is shared out between processes; all but the first get (0, F). The caller sets eval mode.
-    """
-    rows = torch.arange(len(dataset)) if rows is None else rows
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    each = math.ceil(len(rows) / size)
-    mine = rows[torch.arange(rank * each, (rank + 1) * each).clamp(max=len(rows) - 1)]      # padded with the last row
-    features, at = None, 0
-    try:
-        for out in outputs(net, dataset, mine, image_size, device=device, workers=workers, batch_size=batch_size):
-            if features is None:      # at once: the parts and their concatenation would be twice the memory
-                half = 4 * len(rows) * out.shape[1] > 2 ** 31
-                features = torch.empty(len(mine), out.shape[1], dtype=torch.float16 if half else torch.float32)
-            features[at:at + len(out)] = out
-            at += len(out)
-    except UserError as error:      # an image that only this process has seen
-        error.from_one_process = True
-        raise
-    if size > 1:     # the parts of all processes go to the first, straight into their places
-        whole = torch.empty(size if rank == 0 else 0, *features.shape, dtype=features.dtype, device=device)
-        dist.gather(features.to(device), list(whole) if rank == 0 else None)
-        features = whole.flatten(0, 1).cpu()
-    return features[:len(rows)]
-
-
-@torch.no_grad()
-def view_features(backbone, two_views, rows, *, device="cpu", workers=0, batch_size=128):
-    """Features of two augmented views of each row -> two tensors (len(rows), F)."""
-    batches = [[(0, int(i)) for i in part] for part in rows.split(batch_size)]
-    loader = DataLoader(two_views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
-                        worker_init_fn=data.outlive_signals)
-    out = [torch.stack([backbone(data.augment(c.to(device), p)) for c, p in zip(crops, params)]).float().cpu()
-           for crops, params, _ in loader]
-    return torch.cat(out, 1).unbind(0)
-
-
-def estimate_batch_norm(backbone, dataset, rows, image_size, *, device="cpu", seed=0, batches=16, batch_size=128):
-    """Set a random network's running statistics to their mean over some batches of the data: an honest baseline."""
-    for layer in backbone.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
-            layer.momentum = None                             # cumulative mean
-    order = rows[torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, seed, 1)[:batches * batch_size])]
-    if len(order) % batch_size == 1:                          # one image alone has no variance
-        order = order[:-1]
-    backbone.train()
-    for _ in outputs(backbone, dataset, order, image_size, device=device, batch_size=batch_size):
-        pass
-    backbone.eval()
-
-
-# ---------------------------------------------------------------------- probes
-
-def neighbors_of(val_x, train_x, k, device="cpu", squared_distance=False, step=1024, block=1 << 17):
-    """Values and rows of the k nearest rows of train_x (all, if fewer) for every row of val_x: two (V, k) tensors.
-
-    Similarity is the inner product, or minus the squared Euclidean distance; of step x block pairs at a time.
-    """
-    nearest = []
-    for part in val_x.split(step):
-        part = part.to(device).float()
-        values, rows = [], []                                 # the nearest k of each block
-        for start in range(0, len(train_x), block):
-            x = train_x[start:start + block].to(device).float()
-            near = part @ x.T
-            if squared_distance:
-                near = 2 * near - x.square().sum(1) - part.square().sum(1, keepdim=True)
-            top = near.topk(min(k, len(x)))
-            values.append(top.values)
-            rows.append(top.indices + start)
-        best = torch.cat(values, 1).topk(min(k, len(train_x)))
-        nearest.append((best.values.cpu(), torch.cat(rows, 1).gather(1, best.indices).cpu()))
-    return [torch.cat(parts) for parts in zip(*nearest)]
-
-
-def unit(x):
-    """Rows of length 1, in x's own type (float16 stays float16), by chunks."""
-    return torch.cat([F.normalize(part.float(), dim=1, eps=1e-30).to(x.dtype) for part in x.split(65536)])
-
-
-def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, device="cpu"):
-    """Weighted kNN of arXiv 1805.01978, section 3.4: votes exp(cosine / temperature) of the k nearest of train.
-
-    k is at most the mean size of a class, so that a small dataset's neighborhood is not most of it.
-    """
-    classes = int(train_y.max()) + 1
-    k = min(k, len(train_x) // len(train_y.unique()))
-    similarity, rows = neighbors_of(unit(val_x), unit(train_x), k, device)
-    votes = torch.zeros(len(val_x), classes).scatter_add_(1, train_y[rows], ((similarity - 1) / temperature).exp())
-    return (votes.argmax(1) == val_y).float().mean().item()
-
-
-def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
-    """Best-NN of [Small]: unweighted vote of the k nearest by Euclidean distance -> (accuracy, k) of the best odd k.
-
-    k is chosen on the validation set itself, as the paper does. Of classes with equal votes the first wins.
-    """
-    _, rows = neighbors_of(val_x, train_x, max_k, device, squared_distance=True)
-    near = train_y[rows]                                                         # (V, k)
-    accuracy = {k: (near[:, :k].mode().values == val_y).float().mean().item() for k in range(1, near.shape[1] + 1, 2)}
-    k = max(accuracy, key=accuracy.get)                       # of several the least
-    return accuracy[k], k
-
-
-def train_probes(x, y, mean, scale, classes, grid, *, seed, device, steps=2000, batch_size=512):
-    """Softmax regressions, a (lr, weight decay) of `grid` each, trained together -> weight (F, G, C), bias (G, C).
-
-    SGD with momentum 0.9 and a cosine; batches are keyed permutations; every probe sees the same batches.
-    """
-    lr, decay = (torch.tensor(v, device=device)[:, None] for v in zip(*grid))              # (G, 1)
-    weight = torch.zeros(x.shape[1], len(grid), classes, device=device)
-    bias = torch.zeros(len(grid), classes, device=device)
-    speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
-    batch_size = min(batch_size, len(x))
-    per_epoch = len(x) // batch_size
-    steps = max(steps, 10 * per_epoch)
-    batches = data.schedule(len(x), batch_size, math.ceil(steps / per_epoch), seed)
-    for step, items in zip(range(steps), batches):
-        rows = torch.tensor([row for _, row in items])
-        batch, labels = (x[rows].to(device).float() - mean) * scale, y[rows].to(device)    # (B, F), (B,)
-        error = (torch.tensordot(batch, weight, 1) + bias).softmax(2)                      # (B, G, C) ...
-        error[torch.arange(len(rows), device=device), :, labels] -= 1                      # softmax minus target
-        error /= len(rows)
-        now = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        speed_w.mul_(0.9).add_(torch.tensordot(batch.T, error, 1)).add_(decay * weight)
-        speed_b.mul_(0.9).add_(error.sum(0))
-        weight.sub_(now * speed_w), bias.sub_(now * speed_b)
-    return weight, bias
-
-
-@torch.no_grad()
-def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", grid=GRID, steps=2000):
-    """Linear classification of cached features -> dict of top1, top5 (on val; of more than 5 classes), lr,
-    weight_decay, held_out accuracy.
-
-    Features are standardised with the training set's statistics and divided by the square root of their number. The
-    grid is trained on nine tenths of train and judged on the rest; the winner is trained again on all of it.
-    """
-    parts = train_x.split(16384)                                                         # in float64, a part at a time
-    mean = sum(part.to(device).double().sum(0) for part in parts) / len(train_x)
-    var = sum((part.to(device).double() - mean).square().sum(0) for part in parts) / len(train_x)
-    # Constant features become 0. Relative, since deep random features can be tiny.
-    var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
-    mean, scale = mean.float(), (var.rsqrt() / math.sqrt(train_x.shape[1])).float()
-    classes = int(max(train_y.max(), val_y.max())) + 1
-    options = dict(seed=seed, device=device, steps=steps)
-
-    def ranked(x, fitted, count):
-        """Rows of x (N, F) -> (N, G, count) classes, best first."""
-        weight, bias = fitted
-        scores = (torch.tensordot((part.to(device).float() - mean) * scale, weight, 1) + bias for part in x.split(1024))
-        return torch.cat([part.topk(count).indices.cpu() for part in scores])
-
-    order = torch.from_numpy(data.keyed_permutation(len(train_x), data.HOLD_OUT, seed, 1))
-    judge, learn = order.tensor_split([max(1, len(order) // 10)])
-    fitted = train_probes(train_x[learn], train_y[learn], mean, scale, classes, grid, **options)
-    right = ranked(train_x[judge], fitted, 1)[:, :, 0] == train_y[judge, None]                # (J, G)
-    held_out, winner = right.float().mean(0).max(0)
-    fitted = train_probes(train_x, train_y, mean, scale, classes, [grid[winner]], **options)
-    right = ranked(val_x, fitted, min(5, classes))[:, 0] == val_y[:, None]                    # (V, 5)
-    top5 = {"top5": right.any(1).float().mean().item()} if classes > 5 else {}
-    return {"top1": right[:, 0].float().mean().item(), **top5,
-            "lr": grid[winner][0], "weight_decay": grid[winner][1], "held_out": held_out.item()}
-
-
-def augmented_probe(backbone, splits, val_x, job, *, device, workers, batch_size=256):
-    """The papers' protocol: a linear layer on the frozen network, a new random crop and flip of each image every epoch.
-
-    `job` has arch, image_size, seed and epochs. SGD, momentum 0.9, no weight decay, a cosine; lr per 256 images 30 for
-    ResNet (MoCo), 3 for the small networks (SEED, arXiv 2101.04731) -> top-1 on val.
-    """
-    images, labels = Subset(splits.train, splits.train_rows.tolist()), splits.train.labels[splits.train_rows]
-    views = data.TwoViews(images, job.image_size, job.seed, min_scale=0.08, jitter_p=0, gray_p=0, blur_p=0)
-    batch_size = min(batch_size, len(views))
-    layer = nn.Linear(backbone.feature_dim, len(splits.names)).to(device)
-    nn.init.normal_(layer.weight, 0, 0.01), nn.init.zeros_(layer.bias)
-    lr = (30 if job.arch.startswith("resnet") else 3) * batch_size / 256
-    optimizer = torch.optim.SGD(layer.parameters(), lr, 0.9)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.epochs * (len(views) // batch_size))
-    batches = data.schedule(len(views), batch_size, job.epochs, job.seed)
-    for crops, params, index in DataLoader(views, batch_sampler=batches, collate_fn=data.collate, num_workers=workers,
-                                           worker_init_fn=data.outlive_signals):
-        with torch.no_grad():
-            features = backbone(data.augment(crops[0].to(device), params[0]))                  # (B, F)
-        optimizer.zero_grad()
-        F.cross_entropy(layer(features), labels[index].to(device)).backward()
-        optimizer.step(), cosine.step()
-    right = layer(val_x.to(device).float()).argmax(1).cpu() == splits.val.labels[splits.val_rows]
-    return right.float().mean().item()
-
-
-# ---------------------------------------------------------------------- representation space
-
-COLLAPSED = 1e-12      # mean squared distance of unit rows, below which they differ by rounding alone
-
-def pair_distances(x):
-    """Sum of |x_i - x_j|^2 over all ordered pairs of rows of x (N, F): 2 N sum |x - mean|^2, in float64."""
-    x = x.double()
-    return 2 * len(x) * (x - x.mean(0)).square().sum()
-
-
-@torch.no_grad()
-def representation_space(original, view1, view2, labels):
-    """Measures of [Small], section 3, on unit-length features of images and two augmented views of them, each (N, F).
-
-    All pairs, where the paper's code samples three batches of 128 for uniformity. Of them inter-class distance,
-    over-clustering ratio and effective rank (Roy and Vetterli 2007) are ours. -> dict of floats, without those that are
-    undefined (no class of two images, a complete collapse: distances of rounding errors alone).
-    """
-    original, view1, view2 = (unit(x.float()) for x in (original, view1, view2))
-    n = len(original)
-
-    def found(x, positive):
-        """Share of x whose positive is more similar than every other row of x (the nearest row of x is itself)."""
-        similarity, _ = neighbors_of(x, x, 2)
-        return ((x * positive).sum(1) > similarity[:, 1]).double().mean().item()
-
-    out = {"instance_discrimination": found(original, view1), "instance_discrimination_views": found(view1, view2),
-           "alignment": (original - view1).square().sum(1).mean().item(),
-           "alignment_views": (view1 - view2).square().sum(1).mean().item()}
-    for x, suffix in ((original, ""), (view1, "_views")):
-        total = sum((-2 * torch.cdist(part, x).square()).exp().double().sum().item() for part in x.split(2048))
-        members = [x[labels == c] for c in labels.unique()]
-        within = torch.stack([pair_distances(part) for part in members])
-        pairs = torch.tensor([len(part) * (len(part) - 1) for part in members])
-        intra = (within / pairs)[pairs > 0].mean()
-        inter = (pair_distances(x) - within.sum()) / (n * (n - 1) - pairs.sum())
-        out |= {"uniformity" + suffix: math.log((total - n) / (n * (n - 1))),      # the n pairs i = i added exp(0) each
-                "intra_class" + suffix: intra.item(), "inter_class" + suffix: inter.item()}
-        if inter > COLLAPSED:
-            out["over_clustering" + suffix] = (intra / inter).item()
-    if pair_distances(original) > COLLAPSED * n * n:
-        singular = torch.linalg.svdvals((original - original.mean(0)).double())
-        out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
-    return {name: value for name, value in out.items() if math.isfinite(value)}
-
-
-# ---------------------------------------------------------------------- pictures
-
-GREEN, RED, GRAY = (40, 170, 70), (215, 50, 50), (150, 150, 150)
-
-
-def draw_rows(path, title, queries, query_rows, others, other_rows):
-    """A line of pictures for each query: itself, then its neighbours, green where the class is the same, red where not.
-
-    queries, others: datasets; query_rows (Q,), other_rows (Q, M).
-    """
-    theirs = others.labels[other_rows]                                                         # (Q, M), -1: no label
-    same = (queries.labels[query_rows][:, None] == theirs) & (theirs >= 0)
-    out = Image.new("RGB", (168 + 72 * other_rows.shape[1], 24 + 76 * len(query_rows)), "white")
-    pen = ImageDraw.Draw(out)
-    pen.text((6, 6), f"{title} ({same.float().mean():.0%} of the query's class: green)", fill="black")
-
-    def paste(dataset, row, frame, x, y):      # 64 px, framed by 4
-        image, _, _ = data.CenterView(dataset, 64)[row]
-        out.paste(ImageOps.expand(to_pil_image(image), 4, frame), (x, y))
-
-    for i, row in enumerate(query_rows.tolist()):
-        y, label = 24 + 76 * i, queries.labels[row]
-        pen.text((4, y + 28), queries.classes[label][:14] if label >= 0 else "", fill="black")
-        paste(queries, row, GRAY, 90, y)
-        for j, other in enumerate(other_rows[i].tolist()):
-            paste(others, other, GREEN if same[i, j] else RED, 168 + 72 * j, y)
-    out.save(path)
-
-
-def draw_neighbors(path, splits, train_x, val_x, seed, device, queries=10, count=8):
-    """For some validation images the nearest training images, by cosine."""
-    picks = torch.from_numpy(data.keyed_permutation(len(val_x), data.SAMPLE, seed, 2)[:queries])
-    _, near = neighbors_of(unit(val_x[picks]), unit(train_x), count, device)
-    draw_rows(path, "left: a validation image; then its nearest training images",
-              splits.val, splits.val_rows[picks], splits.train, splits.train_rows[near])
-
-
-@torch.no_grad()
-def draw_soft_positives(path, run, c, dataset, seed, queries=10, count=8):
-    """From last.pt: some images, and the keys in the queue that would take their smoothing mass."""
-    if dataset.fingerprint != c["dataset"]:     # the queue's indices are of other images
-        raise UserError("these are not the images of pretraining")
-    state = load_file(run / "last.pt")
-    encoder = Encoder(c["arch"], c["dim"], c["hidden_dim"], c["image_size"] <= data.SMALL).eval()
-    encoder.load_state_dict(state["encoder"])
-    real = state["queue"]["index"] >= 0
-    if not real.any():
-        raise UserError("the queue holds no image's key yet")
-    picks = torch.from_numpy(data.keyed_permutation(len(dataset), data.SAMPLE, seed, 3)[:queries])
-    q = torch.cat(list(outputs(encoder, dataset, picks, c["image_size"])))                     # (Q, D)
-    _, near = neighbors_of(q, state["queue"]["keys"][real], count)                             # (Q, count)
-    draw_rows(path, "left: a query; then its nearest keys in the queue, its soft positives",
-              dataset, picks, dataset, state["queue"]["index"][real][near])
-
-
-def draw_map(path, panels, labels, names, most=2000, side=420):
-    """2-D PCA of unit-length features, a panel each of (title, features); a colour a class (12 at most), a legend."""
-    shown = labels.unique()[:12]
-    colors = {c: f"hsv({360 * i // len(shown)}, 90%, 85%)" for i, c in enumerate(shown.tolist())}
-    out = Image.new("RGB", (len(panels) * side + 130, side + 24), "white")
-    pen = ImageDraw.Draw(out)
-    keep = torch.isin(labels, shown).nonzero().flatten()
-    keep = keep[torch.from_numpy(data.keyed_permutation(len(keep), data.SAMPLE)[:most])]      # they come class by class
-    for i, (title, features) in enumerate(panels):
-        x = unit(features[keep].float())
-        x = x - x.mean(0)
-        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T                          # (N, 2)
-        plane = (plane - plane.amin(0)) / (plane.amax(0) - plane.amin(0)).clamp(min=1e-12)
-        pen.text((i * side + 8, 6), title, fill="black")
-        for (u, v), c in zip((plane * (side - 24) + 12).tolist(), labels[keep].tolist()):
-            pen.circle((i * side + u, 24 + v), 2, fill=colors[c])
-    for i, (c, color) in enumerate(colors.items()):
-        pen.circle((len(panels) * side + 11, 39 + 20 * i), 5, fill=color)
-        pen.text((len(panels) * side + 22, 34 + 20 * i), names[c][:16], fill="black")
-    out.save(path)
-
-
-# ---------------------------------------------------------------------- report
-
-PROBES = {     # key in lineval.json: name in the table, how to read it
-    "linear_top1": ("linear probe, top-1 %", "higher is better"),
-    "linear_top5": ("linear probe, top-5 %", "higher is better"),
-    "augmented_top1": ("linear, augmented protocol %", "higher is better; the papers' protocol"),
-    "knn": ("weighted kNN %", "higher is better; no training at all"),
-    "best_nn": ("best-NN %, Euclidean", "higher is better; k chosen on val, as [Small]"),
-    "best_nn_unit": ("best-NN %, unit length", "higher is better"),
-}
-SPACE = {     # "with labels": a supervised MobileNetV3-Small on CIFAR-10, 4 epochs, val; random is the first column
-    "instance_discrimination": ("image finds its own view %", "higher: the pretext task is solved; with labels 12"),
-    "instance_discrimination_views": ("view finds the other view %", "higher: the same, harder; with labels 8"),
-    "alignment": ("alignment", "lower: views of an image lie together; with labels 0.68"),
-    "uniformity": ("uniformity", "lower: features fill the sphere; with labels -2.6"),
-    "intra_class": ("intra-class alignment", "lower: a class lies together; with labels 0.92"),
-    "inter_class": ("inter-class distance", "higher: classes lie apart; with labels 2.1"),
-    "over_clustering": ("over-clustering, intra/inter",
-                        "lower: 1 means classes do not show in distances; with labels 0.44"),
-    "effective_rank": ("effective rank", "higher: more directions are used; with labels 30"),
-}
-
-
-def evaluate(backbone, splits, job, protocol):
-    """All measures of one frozen network -> (report, train features, val features), Nones but on the first process."""
-    before = [t.clone() for t in backbone.state_dict().values()]
-    # Eval mode: in training mode the batch norms would adapt to the evaluation data, even with the weights frozen.
-    backbone.eval()
-    options = dict(device=job.device, workers=job.workers)
-    sets = {"train": (splits.train, splits.train_rows), "val": (splits.val, splits.val_rows)}
-    x = {part: extract_features(backbone, dataset, job.image_size, rows=rows, **options)
-         for part, (dataset, rows) in sets.items()}
-    if job.rank:
-        return None, None, None
-    y = {part: dataset.labels[rows] for part, (dataset, rows) in sets.items()}
-    both = (x["train"], y["train"], x["val"], y["val"])
-    report = {f"linear_{key}": value for key, value in linear_probe(*both, seed=job.seed, device=job.device).items()}
-    report["knn"] = knn_accuracy(*both, device=job.device)
-    report["best_nn"], report["best_nn_k"] = best_nn(*both, device=job.device)
-    report["best_nn_unit"], _ = best_nn(unit(x["train"]), y["train"], unit(x["val"]), y["val"], device=job.device)
-    report["space"] = {}
-    for part, (dataset, rows) in sets.items():
-        order = torch.from_numpy(data.keyed_permutation(len(rows), data.SAMPLE, job.seed, 4))
-        chosen = torch.cat([order[y[part][order] == c][:job.per_class] for c in y[part].unique()])
-        two_views = data.TwoViews(dataset, job.image_size, job.seed, **job.views)
-        views = view_features(backbone, two_views, rows[chosen], **options)
-        report["space"][part] = representation_space(x[part][chosen], *views, y[part][chosen])
-    if protocol == "augmented":
-        report["augmented_top1"] = augmented_probe(backbone, splits, x["val"], job, **options)
-    if not all(map(torch.equal, before, backbone.state_dict().values())):
-        raise RuntimeError("the backbone moved during its evaluation")     # a bug here, never the user's doing
-    return report, x["train"], x["val"]
-
-
-def print_reports(columns):
-    """columns: {title: report}, side by side."""
-    widths = [max(18, len(title)) + 2 for title in columns]
-
-    def line(name, cells, reading):
-        print(f"{name:32s}" + "".join(f"{cell:>{width}s}" for cell, width in zip(cells, widths)) + f"   {reading}")
-
-    print()
-    line("", columns, "")
-    for key, (name, reading) in PROBES.items():
-        if any(key in report for report in columns.values()):
-            line(name, [f"{100 * report[key]:.1f}" if key in report else "-" for report in columns.values()], reading)
-    for part in ("train", "val"):
-        print(f"representation space, {part}: unit-length features, images | augmented views where two numbers;"
-              " 'with labels': a supervised network's on CIFAR-10, not on these data")
-        spaces = [report["space"][part] for report in columns.values()]
-        for key, (name, reading) in SPACE.items():
-            if name.endswith("%"):
-                cells = [f"{100 * space[key]:.1f}" for space in spaces]
-            else:
-                cells = [" | ".join(f"{space[k]:.3f}" for k in (key, key + "_views") if k in space) or "-"
-                         for space in spaces]
-            line("  " + name, cells, reading)
-
-
 def read_job(flags, run):
-    """What to evaluate: a run's settings, or the flags for bare --weights -> namespace."""
-    job = SimpleNamespace(**vars(flags) | dict(run=run, views={}, settings=None))
+    """What to evaluate: a run's settings, or for bare --weights the flags -> namespace."""
+    job = SimpleNamespace(**vars(flags), run=run, settings=None, folder=flags.out)
     if run is None:
         if not flags.arch:
             raise UserError(f"--weights {flags.weights} needs --arch: one of {', '.join(ARCHS)}")
-        job.title, job.data = Path(flags.weights).name, flags.data or "shapes"
-        job.image_size = flags.image_size or data.default_image_size(
-            in_turn(job.data, lambda: data.load_dataset(job.data, "train")))
+        job.title, job.data = Path(flags.weights).name, job.data or "shapes"
+        if job.image_size is None:
+            dataset = in_turn(job.data, lambda: data.load_dataset(job.data, "train"))
+            job.image_size = data.default_image_size(dataset)
         job.small_images = job.image_size <= data.SMALL
         return job
     try:
-        c = job.settings = json.loads((run / "args.json").read_text())
-        job.arch, job.data, job.image_size = c["arch"], flags.data or c["data"], flags.image_size or c["image_size"]
-        job.small_images, job.pretrained_on = c["image_size"] <= data.SMALL, (place(c["data"]), c["dataset"])
-        job.views = {k: c[k] for k in ("min_scale", "jitter", "jitter_p", "gray_p", "blur_p")}
+        settings = job.settings = json.loads((run / "args.json").read_text())
+        job.arch, job.small_images = settings["arch"], settings["image_size"] <= data.SMALL
+        job.pretrained_on = place(settings["data"]), settings["dataset"]
+        if not flags.data:
+            job.data, job.classes = settings["data"], flags.classes or settings.get("classes")
+        job.image_size = flags.image_size or settings["image_size"]
     except OSError:
-        raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as runs/...") from None
+        raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as "
+                        f"runs/...") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}/args.json is damaged ({error}): restore it or pretrain again with --restart") from None
+        raise UserError(f"{run}/args.json is damaged ({error}): restore it, or pretrain again with "
+                        f"--restart") from None
     if flags.arch not in (None, job.arch):
         raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
-    job.weights, job.title = run / ("last.pt" if flags.encoder == "key" else "backbone.pt"), str(run)
+    job.weights = run / ("last.pt" if flags.encoder == "key" else "backbone.pt")
+    job.title, job.folder = str(run), flags.out or run
     return job
 
 
-def report_paths(job, train):
-    """Where report and pictures go: what is of other data, the key encoder or another size beside the run's own."""
-    here = place(job.data)
-    other = [train.name] if (here, train.fingerprint) != job.pretrained_on else []
-    other += ["key"] if job.encoder == "key" else []
-    other += [f"{job.image_size}px"] if job.image_size != job.settings["image_size"] else []
-    paths = [job.run / ("-".join([kind, *other]) + suffix)
-             for kind, suffix in (("lineval", ".json"), ("neighbors", ".png"), ("map", ".png"))]
-    try:
-        before = json.loads(paths[0].read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return paths
-    if other and before != here:
-        raise UserError(f"{paths[0]} is of {before}, another folder of that name: move it away first")
-    return paths
+def splits_of(job):
+    """The dataset's splits: with its labels, if it has any."""
+    train = in_turn(job.data, lambda: data.load_dataset(job.data, "train", job.classes != "none"))
+    known = train.labels[train.labels >= 0].unique()
+    if job.classes == "none" or len(known) < 2:
+        return unlabelled_splits(job.data, job.seed)
+    return labelled_splits(job.data, job.seed, train)
 
 
-def run_job(job):
-    """Evaluate a network and its random twin, write, draw -> (random report, report), None but on the first process."""
-    started = time.perf_counter()
-    splits = in_turn(job.data, lambda: labelled_splits(job.data, job.seed))
-    paths = report_paths(job, splits.train) if job.run else ()
+def suffix(job, train):
+    """What tells a report on other data, of the key encoder, or at another size from the run's
+    own: the end of its file's name."""
+    if job.run is None:
+        return ""
+    words = []
+    if (place(job.data), train.fingerprint) != job.pretrained_on:
+        words.append(train.name)
+    if job.encoder == "key":
+        words.append("key")
+    if job.image_size != job.settings["image_size"]:
+        words.append(f"{job.image_size}px")
+    return "".join("-" + word for word in words)
+
+
+def evaluate_job(job):
+    """Measure a network and its random twin -> namespace of all that is to be printed, written
+    and drawn; on all processes but the first None."""
+    started = time.monotonic()
+    splits = splits_of(job)
+    name = suffix(job, splits.train)
     torch.manual_seed(job.seed)
-    random, backbone = (build_backbone(job.arch, job.small_images).to(job.device, memory_format=torch.channels_last)
-                        for _ in range(2))
-    load_weights(backbone, job.weights, job.encoder)
-    if job.rank == 0:
-        print(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data}: {len(splits.train_rows)} training and "
-              f"{len(splits.val_rows)} validation images of {len(splits.names)} classes at {job.image_size} px"
-              + (f"\n  {splits.note}" if splits.note else ""), flush=True)
-    estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, device=job.device, seed=job.seed)
-    random_report, random_x = evaluate(random, splits, job, "cached")[::2]      # frees its training features
-    report, train_x, val_x = evaluate(backbone, splits, job, job.protocol)
+    random = build_backbone(job.arch, job.small_images)
+    net = build_backbone(job.arch, job.small_images)
+    load_weights(net, job.weights, job.encoder)
+    random = random.to(job.device, memory_format=torch.channels_last)
+    net = net.to(job.device, memory_format=torch.channels_last)
+    labels = splits.val.labels[splits.val_rows]
+    about = "without labels"
+    if splits.names:
+        majority = torch.bincount(labels).max() / len(labels)
+        about = f"{len(splits.names)} classes, the largest {majority:.1%} of validation"
+    say(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data} at {job.image_size} px: "
+        f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}")
+    if splits.note:
+        say(f"  {splits.note}")
+
+    estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, seed=job.seed,
+                        device=job.device, workers=job.workers)
+    twin = evaluate(random, splits, job, "random weights")
+    trained = evaluate(net, splits, job, "the network")
     if job.rank:
         return None
-    if job.run:
-        content = {"run": job.title, "data": place(job.data), "encoder": job.encoder, "image_size": job.image_size,
-                   "note": splits.note, "train_images": len(splits.train_rows), "val_images": len(splits.val_rows),
-                   "seed": job.seed, "pretrained": report, "random": random_report,
-                   "seconds": time.perf_counter() - started}
-        job.written = [path.name for path in paths]
-        report_json, neighbors_png, map_png = paths
-        with data.writing(job.run):
-            report_json.write_text(json.dumps(content, indent=1) + "\n")
-            draw_neighbors(neighbors_png, splits, train_x, val_x, job.seed, job.device)
-            draw_map(map_png, [("random weights", random_x), ("pretrained", val_x)],
-                     splits.val.labels[splits.val_rows], splits.names)
+    if job.protocol == "augmented" and splits.names:
+        trained.report["augmented_top1"] = augmented_probe(
+            net, splits, trained.val_x, job.image_size, epochs=job.epochs, seed=job.seed,
+            device=job.device, workers=job.workers)
+    if job.features:
+        write_features(job.features, splits, trained)
+    log = read_log(job.run / "log.csv") if job.run else []
+    content = dict(run=job.title, data=place(job.data), encoder=job.encoder, seed=job.seed,
+                   image_size=job.image_size, note=splits.note, pretrained=trained.report,
+                   verdict=verdict(trained.report, twin.report, log), random=twin.report,
+                   train_images=len(splits.train_rows), val_images=len(splits.val_rows),
+                   near_duplicates=file_pairs(splits, trained.pairs),
+                   seconds=time.monotonic() - started)
+    picks = data.permutation(len(labels), data.SAMPLE, job.seed, 2)
+    _, near = neighbors(trained.val_x[picks[:10]], trained.train_x, 8, device=job.device)
+    few = picks[:2000]
+    return SimpleNamespace(job=job, name=name, splits=splits, content=content, picks=picks[:10],
+                           near=near, labels=labels[few], panels={
+                               "random weights": twin.val_x[few], "pretrained": trained.val_x[few]})
+
+
+def file_name(dataset, row):
+    return dataset.path(row) or f"{dataset.name}/{row}"
+
+
+def file_pairs(splits, pairs, most=100):
+    rows = splits.train_rows[pairs[:most]] if len(pairs) else []
+    return [[file_name(splits.train, int(row)) for row in pair] for pair in rows]
+
+
+def write_features(path, splits, trained):
+    """features (N, F), files (N,), labels (N,), split (N,): training, then validation images."""
+    rows = [(splits.train, row) for row in splits.train_rows.tolist()]
+    rows += [(splits.val, row) for row in splits.val_rows.tolist()]
+    with data.writing(path), open(path, "wb") as file:
+        np.savez(file, features=torch.cat([trained.train_x, trained.val_x]).numpy(),
+                 files=[file_name(dataset, row) for dataset, row in rows],
+                 labels=[int(dataset.labels[row]) for dataset, row in rows],
+                 split=["train"] * len(splits.train_rows) + ["val"] * len(splits.val_rows))
+
+
+def write_job(done):
+    """Report and pictures into the job's folder."""
+    job, splits, name = done.job, done.splits, done.name
+    if job.folder is None:
+        return
+    folder = Path(job.folder)
+    with data.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"lineval{name}.json").write_text(json.dumps(done.content, indent=1) + "\n")
+        draw_rows(folder / f"neighbors{name}.png", "an image, then the nearest training images",
+                  splits.val, splits.val_rows[done.picks], splits.train,
+                  splits.train_rows[done.near])
+        written = [f"lineval{name}.json", f"neighbors{name}.png"]
+        if splits.names:
+            draw_map(folder / f"map{name}.png", done.panels, done.labels, splits.names)
+            written.append(f"map{name}.png")
+        if job.run and not name:
             try:
-                draw_soft_positives(job.run / "soft_positives.png", job.run, job.settings, splits.train, job.seed)
-                job.written.append("soft_positives.png")
-            except UserError as error:      # no last.pt, or other images: the report does not need them
-                print(f"no soft_positives.png: {error}")
-    return random_report, report
+                draw_soft_positives(folder / "soft_positives.png", job.run, job.settings,
+                                    splits.train, job.seed)
+                written.append("soft_positives.png")
+            except UserError as error:                                   # no last.pt: no matter
+                say(f"no soft_positives.png: {error}")
+    say(f"written into {folder}: {', '.join(written)}")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_flags(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: data.exit_with(UserError(message))
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
     add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
-    add("--data", help="evaluate on another dataset than the run's own")
+    add("--data", "--labels", help="evaluate on another dataset than the run's own")
+    add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
-    add("--protocol", default="cached", choices=("cached", "augmented"), help="augmented: the papers' 100 epochs, too")
+    add("--all", action="store_true", help="print all measures, of train too")
+    add("--protocol", default="cached", choices=("cached", "augmented"),
+        help="augmented: [Small]'s linear protocol, 100 epochs, too")
     add("--epochs", type=int, default=100, help="of the augmented protocol")
+    add("--features", metavar="FILE.npz", help="write features, file names and labels")
+    add("--out", metavar="FOLDER", help="of report and pictures (default: the run's)")
     add("--image-size", type=int)
-    add("--per-class", type=int, default=50, help="images a class for the representation space")
+    add("--per-class", type=int, default=50, help="images a class for the space's measures")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=1)
+    add("--workers", type=int, default=data.default_workers())
     flags = parser.parse_args(argv)
-    torch.set_flush_denormal(True)
-    flags.rank = int(os.environ.get("RANK", 0))
-    flags.device = own_device()
-    for name, value, least in (("epochs", flags.epochs, 1), ("per-class", flags.per_class, 2),
-                               ("image-size", flags.image_size, 8), ("workers", flags.workers, 0)):
+    for name, least in (("epochs", 1), ("per_class", 2), ("image_size", 8), ("workers", 0),
+                        ("seed", 0)):
+        value = getattr(flags, name)
         if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if len(flags.runs) > 1 and (flags.out or flags.features):
+        raise UserError("--out and --features take one run at a time")
+    return flags
+
+
+def main(argv=None):
+    flags = read_flags(argv)
+    torch.set_flush_denormal(True)
+    flags.rank, flags.device = int(os.environ.get("RANK", 0)), own_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Days: the first process measures alone while the others wait.
-        dist.init_process_group("nccl" if flags.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
-    if flags.weights:
-        jobs = [read_job(flags, None)]
-    else:
-        newest = sorted(Path("runs").glob("*/backbone.pt"), key=lambda f: f.stat().st_mtime)[-1:]
-        if not (flags.runs or newest):
-            raise UserError("no finished epoch of any run in runs/: start with python pretrain.py, or pass --weights")
-        jobs = [read_job(flags, Path(run)) for run in flags.runs or [newest[0].parent]]
-    columns = {}
-    for job in jobs:
-        both = run_job(job)
-        if both:
-            several = (f"random {job.arch} on {Path(job.data).name}, {job.image_size} px", job.title)
-            random_title, title = several if len(jobs) > 1 else ("random weights", "pretrained")
-            columns.setdefault(random_title, both[0])
-            columns[title] = both[1]
-    if columns:
-        print_reports(columns)
-        print()
-        for job in jobs:
-            if job.run:
-                print(f"written: {job.run}/{{{', '.join(job.written)}}}")
+        backend = "nccl" if flags.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))      # while the first measures
+    runs = [None] if flags.weights else [Path(run) for run in flags.runs]
+    if not runs:
+        runs = [path.parent for path in Path("runs").glob("*/backbone.pt")]
+        runs = sorted(runs, key=lambda run: (run / "backbone.pt").stat().st_mtime)[-1:]
+        if not runs:
+            raise UserError("no run in runs/ has finished an epoch: start with python pretrain.py, "
+                            "or pass --weights")
+    jobs = [read_job(flags, run) for run in runs]
+    finished = [evaluate_job(job) for job in jobs]
+    if flags.rank == 0:
+        columns = {}
+        for job, done in zip(jobs, finished):
+            random_title, title = "random weights", "pretrained"
+            if len(jobs) > 1:
+                random_title = f"random {job.arch}, {Path(job.data).name}"
+                title = job.title
+            columns.setdefault(random_title, done.content["random"])
+            columns[title] = done.content["pretrained"]
+        labelled = any("knn" in report for report in columns.values())
+        say()
+        print_table(columns, MEASURES if flags.all else TABLE if labelled else TABLE_UNLABELLED)
+        if flags.all:
+            say("\nfeatures of training images")
+            print_table({title: report["train"] for title, report in columns.items()}, MEASURES)
+        for job, done in zip(jobs, finished):
+            say(f"{job.title}: {done.content['verdict']}")
+        for done in finished:
+            write_job(done)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -664,3 +1084,6 @@ if __name__ == "__main__":
         main()
     except UserError as user_error:
         data.exit_with(user_error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

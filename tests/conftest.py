@@ -31,7 +31,7 @@ def write_images(folder, count, classes=("a", "b", "c"), size=32, splits=("train
     from PIL import Image
     for number, split in enumerate(splits):
         drawn = data.draw_shapes(count, 100 + number, size)
-        for i, image in enumerate(drawn.images):
+        for i, image in enumerate(drawn.pictures):
             where = folder / split / classes[int(drawn.labels[i]) % len(classes)]
             where.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(where / f"{i:04d}.png")

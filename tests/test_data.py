@@ -1,292 +1,440 @@
-"""Views: the device share is torchvision's functional transforms; the randomness is keyed; datasets are what is on disk."""
+"""Views are torchvision's transforms with keyed randomness; datasets are what is on the disk."""
+import errno
+import io
 import os
-import shutil
+import signal
 import struct
+import time
+import weakref
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as T
+from torchvision.transforms.v2 import functional as TF
 
 import data
-from conftest import one_line_error, run_script, write_images
-from data import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, ORDERING, SATURATION, SIGMA, TwoViews, UserError
+from conftest import one_line_error, run_script
+from data import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, ORDERING, SATURATION, SIGMA
+from data import CenterView, LocalError, TwoViews, UserError, load_dataset
+
+JITTER = (0.4, 0.4, 0.4, 0.1)
 
 
-def reference(crop, p):
+def random_picture(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def save(picture, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+
+
+def write_tree(folder, count, parts=("train", "val"), classes="abc"):
+    """`count` PNGs of 32 px below every part, in folders a, b and c."""
+    for number, part in enumerate(parts):
+        for i in range(count):
+            name = classes[i % len(classes)]
+            save(random_picture(32, 32, 1000 * number + i), folder / part / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("split"), 48)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """12 images in three classes, without splits; a test may change it."""
+    return write_tree(tmp_path / "tree", 12, parts=("",))
+
+
+# ------------------------------------------------- the device's share
+
+def many_params(count, seed, jitter=JITTER, jitter_p=0.8, gray_p=0.2, blur_p=0.5):
+    """Drawn parameters of `count` views, (count, 8)."""
+    rng = data.generator(data.VIEWS, seed)
+    rows = [data.draw_params(rng, jitter, jitter_p, gray_p, blur_p) for _ in range(count)]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def by_torchvision(crop, p):
     """One sample by torchvision's own functions on a float image, in the drawn order."""
     x = crop.float() / 255
-    steps = [lambda x: T.adjust_brightness(x, float(p[BRIGHTNESS])), lambda x: T.adjust_contrast(x, float(p[CONTRAST])),
-             lambda x: T.adjust_saturation(x, float(p[SATURATION])), lambda x: T.adjust_hue(x, float(p[HUE]))]
+    steps = [
+        lambda x: T.adjust_brightness(x, float(p[BRIGHTNESS])),
+        lambda x: T.adjust_contrast(x, float(p[CONTRAST])),
+        lambda x: T.adjust_saturation(x, float(p[SATURATION])),
+        lambda x: T.adjust_hue(x, float(p[HUE])),
+    ]
     for step in data.ORDERINGS[int(p[ORDERING])]:
         x = steps[step](x)
-    x = T.rgb_to_grayscale(x, 3) if p[GRAY] else x
-    x = T.gaussian_blur(x, 13, float(p[SIGMA])) if p[SIGMA] > 0 else x
-    x = T.hflip(x) if p[FLIP] else x
+    if p[GRAY]:
+        x = T.rgb_to_grayscale(x, 3)
+    if p[SIGMA] > 0:
+        x = T.gaussian_blur(x, 13, float(p[SIGMA]))
+    if p[FLIP]:
+        x = T.hflip(x)
     return x
 
 
 @pytest.mark.parametrize("size", [16, 32, 224])
-@pytest.mark.parametrize("jitter", [(0.4, 0.4, 0.4, 0.1), (0.8, 0.8, 0.8, 0.4)])
+@pytest.mark.parametrize("jitter", [JITTER, (0.8, 0.8, 0.8, 0.4)])
 def test_augment_is_torchvisions_functional_sample_by_sample(size, jitter):
-    generator = torch.Generator().manual_seed(size)
-    crops = torch.randint(0, 256, (48, 3, size, size), generator=generator, dtype=torch.uint8)
-    crops[0], crops[1], crops[2, 0] = 0, 255, 255     # black, white, saturated: where hue and saturation are degenerate
-    crops[3:6] = crops[3:6, :1]                       # gray
-    params = data.draw_params(data.keyed_uniform(10, 99, size, np.arange(48)), jitter=jitter, jitter_p=0.9, gray_p=0.3, blur_p=0.6)
+    crops = torch.stack([random_picture(size, size, seed) for seed in range(48)])
+    crops[0], crops[1] = 0, 255                # black, white: hue and saturation are undefined
+    crops[2, 0] = 255                          # saturated
+    crops[3:6] = crops[3:6, :1].clone()        # gray
+    params = many_params(48, size, jitter, jitter_p=0.9, gray_p=0.3, blur_p=0.6)
     out = data.augment(crops, params)
     assert out.is_contiguous(memory_format=torch.channels_last)
     std, mean = torch.tensor(data.STD).view(3, 1, 1), torch.tensor(data.MEAN).view(3, 1, 1)
     for i in range(48):
-        difference = (out[i] * std + mean - reference(crops[i], params[i])).abs().max().item()
-        assert difference < 1e-3, (i, params[i], difference)
+        difference = out[i] * std + mean - by_torchvision(crops[i], params[i])
+        assert difference.abs().max() < 1e-3, (i, params[i])
 
 
 def test_augment_does_not_depend_on_the_company():
-    crops = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
-    params = data.draw_params(data.keyed_uniform(10, 5, np.arange(40)), jitter=(.4, .4, .4, .1), jitter_p=.8, gray_p=.2, blur_p=.5)
+    crops = torch.stack([random_picture(24, 24, seed) for seed in range(40)])
+    params = many_params(40, 5)
     whole = data.augment(crops, params)
-    torch.testing.assert_close(data.augment(crops[7:9], params[7:9]), whole[7:9], atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.augment(crops[7:9], params[7:9]), whole[7:9],
+                               atol=1e-5, rtol=0)
     assert torch.equal(data.augment(crops, params), whole)
 
 
+# ------------------------------------------------- the host's share: what is drawn
+
+def is_uniform(values, low, high):
+    histogram = torch.histc(values, 10, low, high) / len(values)
+    return low <= values.min() and values.max() <= high and (histogram - 0.1).abs().max() < 0.01
+
+
+def share(condition):
+    return condition.double().mean().item()
+
+
 def test_parameters_are_distributed_as_the_recipe_says():
-    n = 40000
-    p = data.draw_params(data.keyed_uniform(10, 1, np.arange(n)), jitter=(0.4, 0.3, 1.5, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5)
-    share = lambda condition: condition.float().mean().item()
-    near = lambda value, expected: abs(value - expected) < 0.01
+    p = many_params(40000, 1, (0.4, 0.3, 1.5, 0.1))
     jittered = p[:, BRIGHTNESS] != 1
-    assert near(share(p[:, FLIP] == 1), 0.5) and near(share(p[:, GRAY] == 1), 0.2) and near(share(jittered), 0.8)
-    assert near(share(p[:, SIGMA] > 0), 0.5)
-    for column, low, high in ((BRIGHTNESS, 0.6, 1.4), (CONTRAST, 0.7, 1.3), (SATURATION, 0.0, 2.5), (HUE, -0.1, 0.1)):
-        values = p[jittered, column]
-        assert low <= values.min() and values.max() <= high
-        assert (p[~jittered, column] == (0 if column == HUE else 1)).all()      # all four or none
-        histogram = torch.histc(values, 10, low, high) / len(values)
-        assert (histogram - 0.1).abs().max() < 0.01                            # uniform
-    sigmas = p[p[:, SIGMA] > 0, SIGMA]
-    assert 0.1 <= sigmas.min() and sigmas.max() <= 2 and (torch.histc(sigmas, 10, 0.1, 2) / len(sigmas) - 0.1).abs().max() < 0.01
-    assert (torch.bincount(p[:, ORDERING].long(), minlength=24) / n - 1 / 24).abs().max() < 0.005
-    assert abs(np.corrcoef(p[jittered][:, [BRIGHTNESS, CONTRAST, SATURATION, HUE]].T.numpy()) - np.eye(4)).max() < 0.02
+    assert share(p[:, FLIP] == 1) == pytest.approx(0.5, abs=0.01)
+    assert share(p[:, GRAY] == 1) == pytest.approx(0.2, abs=0.01)
+    assert share(p[:, SIGMA] > 0) == pytest.approx(0.5, abs=0.01)
+    assert share(jittered) == pytest.approx(0.8, abs=0.01)
+    for column, low, high in ((BRIGHTNESS, 0.6, 1.4), (CONTRAST, 0.7, 1.3), (SATURATION, 0, 2.5),
+                              (HUE, -0.1, 0.1)):
+        neutral = 0 if column == HUE else 1
+        assert is_uniform(p[jittered, column], low - 1e-6, high + 1e-6)
+        assert (p[~jittered, column] == neutral).all()        # all four or none
+    assert is_uniform(p[p[:, SIGMA] > 0, SIGMA], 0.1, 2)
+    orderings = torch.bincount(p[:, ORDERING].long(), minlength=24) / len(p)
+    assert (orderings - 1 / 24).abs().max() < 0.005
+    correlation = np.corrcoef(p[jittered].numpy().T)
+    assert np.abs(correlation - np.eye(8)).max() < 0.02       # nothing hangs together
 
 
-def test_boxes_are_random_resized_crops():
-    n = 20000
-    boxes = data.draw_boxes(data.keyed_uniform(22, 2, np.arange(n)), np.full(n, 120), np.full(n, 160), 0.2)
-    top, left, height, width = boxes.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 120).all() and (left + width <= 160).all()
+def test_boxes_are_those_of_random_resized_crop():
+    rng = data.generator(2)
+    ours = np.array([data.draw_box(rng, 120, 160, 0.2) for _ in range(20000)])
+    top, left, height, width = ours.T
+    assert top.min() >= 0 and (top + height).max() <= 120
+    assert left.min() >= 0 and (left + width).max() <= 160
     area, aspect = height * width / (120 * 160), width / height
     assert 0.19 < area.min() and 0.73 < aspect.min() and aspect.max() < 1.36
-    from torchvision.transforms import RandomResizedCrop
-    theirs = np.array([RandomResizedCrop.get_params(torch.zeros(3, 120, 160), (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
-    for ours, reference in zip(boxes.T, theirs.T):
-        assert abs(ours.mean() - reference.mean()) < 0.05 * max(20, reference.mean())
-        assert abs(ours.std() - reference.std()) < 0.1 * reference.std()
+    torch.manual_seed(0)
+    like = torch.zeros(3, 120, 160)
+    theirs = np.array([RandomResizedCrop.get_params(like, (0.2, 1.0), (3 / 4, 4 / 3))
+                       for _ in range(4000)])
+    for mine, reference in zip(ours.T, theirs.T):
+        assert abs(mine.mean() - reference.mean()) < 0.05 * max(20, reference.mean())
+        assert abs(mine.std() - reference.std()) < 0.1 * reference.std()
 
 
 def test_box_of_an_extreme_image_is_the_largest_central_one():
-    boxes = data.draw_boxes(data.keyed_uniform(22, 3, np.arange(50)), np.full(50, 10), np.full(50, 1000), 0.9)
-    assert (boxes == [0, (1000 - 13) // 2, 10, 13]).all()
+    rng = data.generator(3)
+    for _ in range(50):
+        assert data.draw_box(rng, 10, 1000, 0.9) == (0, (1000 - 13) // 2, 10, 13)
 
 
-@pytest.mark.parametrize("height, width, size", [(32, 32, 32), (20, 31, 48), (1, 5, 8)])
-def test_enlarging_is_torchvisions_resized_crop_to_one_level(height, width, size):
-    images = torch.randint(0, 256, (30, 3, height, width), dtype=torch.uint8)
-    boxes = data.draw_boxes(data.keyed_uniform(22, 4, np.arange(30)[:, None], np.arange(2)), np.full((30, 1), height),
-                            np.full((30, 1), width), 0.2)
-    crops = data.enlarge(images, boxes, size)
-    for i in range(30):
-        for view in range(2):
-            expected = data.TF.resized_crop(images[i], *boxes[i, view].tolist(), [size, size], antialias=True)
-            assert (crops[i, view].int() - expected.int()).abs().max() <= 1
+@pytest.mark.parametrize("height, width, size", [(90, 130, 64), (32, 32, 32), (20, 31, 48),
+                                                 (1, 5, 8)])
+def test_a_crop_is_torchvisions_resized_crop_to_one_level(height, width, size):
+    rng = data.generator(4)
+    for seed in range(20):
+        image = random_picture(height, width, seed)
+        box = data.draw_box(rng, height, width, 0.2)
+        crop = data.resize_crop(image, box, size)
+        expected = TF.resized_crop(image, *box, [size, size], antialias=True)
+        assert crop.shape == (1, 3, size, size) and crop.dtype == torch.uint8
+        assert (crop[0].int() - expected.int()).abs().max() <= 1
 
 
-def test_a_crop_is_torchvisions_resized_crop_of_its_box():
-    image = torch.randint(0, 256, (90, 130, 3), dtype=torch.uint8).permute(2, 0, 1)      # in memory as decoders leave it
-    for seed in range(6):
-        crops, _, _ = TwoViews([(image, 0)], 64, seed)[(0, 0)]
-        boxes = data.draw_boxes(data.keyed_uniform(32, data.VIEWS, seed, 0, 0, np.arange(2))[:, :22], 90, 130, 0.2)
-        for crop, box in zip(crops, boxes.tolist()):
-            expected = data.TF.resized_crop(image, *box, [64, 64], antialias=True)
-            assert (crop.int() - expected.int()).abs().max() <= 1
+# ------------------------------------------------- keyed randomness
+
+def test_views_are_a_function_of_seed_epoch_and_index_alone(split):
+    dataset = load_dataset(str(split), "train")
+    views = TwoViews(dataset, 24, seed=3)
+    crops, params, index = views[0, 5]
+    assert crops.shape == (2, 3, 24, 24) and crops.dtype == torch.uint8
+    assert params.shape == (2, 8) and params.dtype == torch.float32 and index == 5
+    assert not torch.equal(crops[0], crops[1]) and not torch.equal(params[0], params[1])
+    views[1, 7]                                               # what came between does not matter
+    for again in (views[0, 5], TwoViews(dataset, 24, seed=3)[0, 5]):
+        assert torch.equal(again[0], crops) and torch.equal(again[1], params)
+    for other in (views[1, 5], views[0, 6], TwoViews(dataset, 24, seed=4)[0, 5]):
+        assert not torch.equal(other[1], params)
 
 
-def test_views_are_a_function_of_seed_epoch_and_index_alone(images):
-    dataset = data.load_dataset(str(images), "train")
-    views = TwoViews(dataset, 32, seed=3)
-    together = views.__getitems__([(e, i) for e in (0, 1) for i in (5, 0, 7)])
-    for (e, i), item in zip([(e, i) for e in (0, 1) for i in (5, 0, 7)], together):
-        alone = TwoViews(dataset, 32, seed=3)[(e, i)]
-        assert all(torch.equal(a, b) for a, b in zip(item[:2], alone[:2])) and item[2] == i == alone[2]
-    first = views[(0, 5)]
-    assert first[0].shape == (2, 3, 32, 32) and first[0].dtype == torch.uint8 and first[1].shape == (2, 8)
-    assert first[1].dtype == torch.float32
-    assert not torch.equal(first[0][0], first[0][1])                            # two different views
-    for other in (views[(1, 5)], TwoViews(dataset, 32, seed=4)[(0, 5)]):
-        assert not torch.equal(first[1], other[1])
-
-
-def test_workers_change_nothing(images):
-    dataset = data.load_dataset(str(images), "train")
-    views = TwoViews(dataset, 24)                                               # smaller than the images: both paths are tested
-    batches = list(data.schedule(len(dataset), 16, 1, 0))
-    runs = [[b for b in torch.utils.data.DataLoader(views, batch_sampler=batches, collate_fn=data.collate, num_workers=n)]
-            for n in (0, 2)]
-    for a, b in zip(*runs):
-        assert a[0].shape == (2, 16, 3, 24, 24) and a[1].shape == (2, 16, 8)
-        assert all(torch.equal(x, y) for x, y in zip(a, b))
+def test_workers_change_nothing(split):
+    views = TwoViews(load_dataset(str(split), "train"), 24)
+    batches = list(data.schedule(48, 16, 1, seed=0))
+    alone, helped = [list(data.iterate(views, batches, workers, batch_bytes=1,
+                                       collate_fn=data.collate)) for workers in (0, 2)]
+    assert len(alone) == len(helped) == 3
+    for batch, same in zip(alone, helped):
+        assert batch[0].shape == (2, 16, 3, 24, 24) and batch[1].shape == (2, 16, 8)
+        for tensor, other in zip(batch, same):
+            assert torch.equal(tensor, other)
 
 
 def test_parts_of_the_schedule_join_to_the_global_batch():
     whole = list(data.schedule(50, 12, 3, seed=7))
-    parts = [list(data.schedule(50, 12, 3, seed=7, rank=r, world=3)) for r in range(3)]
     assert len(whole) == 3 * 4
-    assert whole == [a + b + c for a, b, c in zip(*parts)]
-    assert whole[5:] == list(data.schedule(50, 12, 3, seed=7, first_step=5))    # resuming inside an epoch
-    epochs = [[i for batch in whole[4 * e:4 * e + 4] for _, i in batch] for e in range(3)]
-    assert all(len(set(e)) == 48 for e in epochs) and epochs[0] != epochs[1]
+    parts = [data.schedule(50, 12, 3, seed=7, rank=rank, world=3) for rank in range(3)]
+    assert [first + second + third for first, second, third in zip(*parts)] == whole
+    assert list(data.schedule(50, 12, 3, seed=7, first_step=5)) == whole[5:]     # inside an epoch
+    epochs = [sum(whole[start:start + 4], []) for start in (0, 4, 8)]
+    for number, epoch in enumerate(epochs):
+        assert len(set(epoch)) == 48 and {e for e, _ in epoch} == {number}
+    assert [index for _, index in epochs[0]] != [index for _, index in epochs[1]]
 
 
 def test_keyed_numbers_are_pinned():
-    """The streams must never change, or old runs could not be continued: values of this very implementation."""
-    assert data.keyed_bits(1, 2, 3).tolist() == PINNED_BITS
-    assert data.keyed_permutation(8, 1, 2).tolist() == PINNED_ORDER
-    u = data.keyed_uniform(1000, 5, np.arange(1000))
-    assert u.shape == (1000, 1000) and 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 2e-3
-    assert np.abs(np.corrcoef(u[:50]) - np.eye(50)).max() < 0.17                # streams of different keys: unrelated
+    """Another stream would give a continued run other images than it had."""
+    assert data.permutation(8, 1, 2).tolist() == [6, 0, 7, 5, 1, 4, 3, 2]
+    assert data.generator(1, 2).random() != data.generator(1, 3).random()
+    purposes = (data.VIEWS, data.ORDER, data.SHUFFLE, data.DRAWING, data.HOLD_OUT, data.SAMPLE)
+    assert len(set(purposes)) == 6
 
 
-PINNED_BITS, PINNED_ORDER = [15020427595393229491], [7, 5, 6, 1, 4, 3, 0, 2]
+# ------------------------------------------------- the loader: bounded memory, bounded waiting
+
+@pytest.mark.parametrize("view", [TwoViews, CenterView])
+def test_never_more_than_two_full_size_pictures_are_alive(split, monkeypatch, view):
+    alive, most, read = set(), [], data.read_image
+
+    def counted(path):
+        picture = read(path).numpy().copy()                   # lives as long as a tensor uses it
+        alive.add(path)
+        weakref.finalize(picture, alive.discard, path)
+        most.append(len(alive))
+        return torch.from_numpy(picture)
+
+    monkeypatch.setattr(data, "read_image", counted)
+    views = view(load_dataset(str(split), "train"), 24)
+    batch = [(0, i) for i in range(8)] if view is TwoViews else list(range(8))
+    loaded = list(data.iterate(views, [batch], 0, batch_bytes=1))
+    assert len(loaded) == 1 and len(most) == 8 and max(most) <= 2
+
+
+def first_batch(dataset, workers=1, batch_bytes=1):
+    return next(data.iterate(dataset, [[0, 1]], workers, batch_bytes=batch_bytes))
+
+
+def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    dataset = CenterView([(random_picture(32, 32), 0)] * 2, 32)
+    with pytest.raises(LocalError, match="80 MiB.*64.*--workers.*--shm-size") as error:
+        first_batch(dataset, workers=4, batch_bytes=10 << 20)
+    assert "\n" not in str(error.value)
+    first_batch(dataset, workers=0, batch_bytes=10 << 20)     # needs none
+
+
+class Fails:
+    """A dataset whose items call `how`."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __getitem__(self, index):
+        self.how()
+        return index
+
+
+@pytest.mark.parametrize("how, words", [
+    (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed.*memory.*fewer --workers"),
+    (lambda: time.sleep(2), "timed out.*disk does not answer"),
+])
+def test_a_worker_that_is_killed_or_hangs_is_one_line(monkeypatch, how, words):
+    monkeypatch.setattr(data, "LOADER_TIMEOUT", 1)
+    with pytest.raises(LocalError, match=words) as error:
+        first_batch(Fails(how))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_file_is_named_from_inside_a_worker(tree):
+    (tree / "a" / "000.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        first_batch(CenterView(load_dataset(str(tree), "train"), 32))
+    assert data.last_line(error.value).startswith(repr(str(tree / "a" / "000.png")))
+
+
+# ------------------------------------------------- datasets
+
+def colours(pictures):
+    """Shares of 4 x 4 x 4 colours, their roots: (N, 64)."""
+    red, green, blue = (pictures // 64).flatten(2).unbind(1)
+    bins = 16 * red + 4 * green + blue
+    return torch.stack([torch.bincount(row, minlength=64) for row in bins]).float().sqrt()
 
 
 def test_shapes_are_reproducible_and_colour_does_not_give_the_class():
-    train, val = data.load_dataset("shapes", "train"), data.load_dataset("shapes", "val")
-    assert len(train) >= 4000 and len(train.classes) >= 10 and train.images.dtype == torch.uint8
-    assert train.fingerprint == data.load_dataset("shapes", "train").fingerprint != val.fingerprint
-
-    def histogram(images):                     # 4 x 4 x 4 colours: shares of each
-        bins = (images.long() // 64).permute(1, 0, 2, 3).flatten(2)
-        return torch.stack([torch.bincount(b, minlength=64) for b in (16 * bins[0] + 4 * bins[1] + bins[2])]).float().sqrt()
-
-    from lineval import linear_probe
-    probe = linear_probe(histogram(train.images), train.labels, histogram(val.images), val.labels, steps=600)
-    assert probe["top1"] < 2 / len(train.classes), probe
+    train, val = load_dataset("shapes", "train"), load_dataset("shapes", "val")
+    assert len(train) >= 4000 and len(train.classes) >= 10
+    assert train.fingerprint == load_dataset("shapes", "train").fingerprint != val.fingerprint
+    x, val_x = colours(train.pictures), colours(val.pictures)
+    centroids = [x[train.labels == label].mean(0) for label in range(len(train.classes))]
+    nearest = torch.cdist(val_x, torch.stack(centroids)).argmin(1)
+    assert share(nearest == val.labels) < 2 / len(train.classes)
 
 
-def test_folders_flat_nested_and_split(tmp_path):
-    write_images(tmp_path / "split", 24)
-    train, val = (data.load_dataset(str(tmp_path / "split"), s) for s in ("train", "val"))
-    assert train.classes == val.classes == ["a", "b", "c"] and len(train) == 24 and train[0][0].shape == (3, 32, 32)
-    deep = tmp_path / "deep" / "x" / "y"
-    deep.mkdir(parents=True)
-    Image.new("RGB", (9, 7), (255, 0, 0)).save(deep / "1.png")
-    Image.new("L", (9, 7), 128).save(tmp_path / "deep" / "2.jpg")
-    nested = data.load_dataset(str(tmp_path / "deep"), "train")
-    assert nested.labels.tolist() == [-1, 0] and nested.classes == ["x"]
-    assert nested[0][0].shape == (3, 7, 9) and nested[1][0][:, 0, 0].tolist() == [255, 0, 0]
-    assert not data.has_val(str(tmp_path / "deep"))
-    (tmp_path / "split" / "val").rename(tmp_path / "split" / "test")
-    assert len(data.load_dataset(str(tmp_path / "split"), "val")) == 24
+def test_folders_flat_nested_and_split(split, tmp_path):
+    train, val = load_dataset(str(split), "train"), load_dataset(str(split), "val")
+    assert train.classes == val.classes == ["a", "b", "c"] and len(train) == len(val) == 48
+    assert data.has_val(str(split))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 7, 9)
+    save(red, tmp_path / "x" / "y" / "1.png")
+    save(red, tmp_path / "2.jpg")
+    nested = load_dataset(str(tmp_path), "train")
+    assert nested.classes == ["x"] and nested.labels.tolist() == [-1, 0]
+    assert torch.equal(nested[1][0], red) and nested[1][1] == 0
+    assert not data.has_val(str(tmp_path))
+    with pytest.raises(UserError, match="has no val split"):
+        load_dataset(str(tmp_path), "val")
 
 
-def test_what_unpackers_and_viewers_leave_in_folders_changes_nothing(tmp_path):
-    """Folders without images would shift the labels of val against train's; hidden ones and links back have no images."""
-    root = write_images(tmp_path / "split", 24)
-    wanted = [data.load_dataset(str(root), split) for split in ("train", "val")]
-    (root / "train" / "__MACOSX").mkdir()
-    for folder in (root / "train" / "a", root / "train"):
-        (folder / ".thumbnails").mkdir()
-        shutil.copy(root / wanted[0].path(0), folder / ".thumbnails" / "x.png")
-        (folder / "back").symlink_to(root, target_is_directory=True)
-    for split, before in zip(("train", "val"), wanted):
-        now = data.load_dataset(str(root), split)
-        assert now.classes == before.classes and now.fingerprint == before.fingerprint
-        assert torch.equal(now.labels, before.labels)
-    (root / "train" / "a" / "aside").symlink_to(root / "train" / "b", target_is_directory=True)      # a link is a folder, else
-    assert len(data.load_dataset(str(root), "train")) > 24
+@pytest.mark.parametrize("train, val", [("Training", "Testing"), ("train2017", "val2017"),
+                                        ("TRAIN", "valid"), ("train", "Validation")])
+def test_splits_are_known_in_usual_spellings(tmp_path, train, val):
+    write_tree(tmp_path, 6, (train, val))
+    assert data.find_splits(str(tmp_path)) == (str(tmp_path / train), str(tmp_path / val))
+    assert load_dataset(str(tmp_path), "val").classes == ["a", "b", "c"]
 
 
-def test_links_that_lead_nowhere_or_in_circles(tmp_path, monkeypatch):
-    root = write_images(tmp_path / "far" / "pictures", 12, splits=("",))
+def test_classes_that_look_like_splits_are_refused_and_classes_may_be_ignored(tmp_path):
+    write_tree(tmp_path, 6, ("",), classes=("test", "val"))
+    with pytest.raises(UserError, match="look like splits.*--classes none"):
+        load_dataset(str(tmp_path), "train")
+    dataset = load_dataset(str(tmp_path), "train", classes=False)
+    assert dataset.classes == [] and dataset.labels.tolist() == [-1] * 6
+
+
+def test_what_unpackers_leave_and_links_back_change_nothing(tmp_path):
+    root = write_tree(tmp_path / "far" / "split", 12)
+    before = load_dataset(str(root), "train")
+    (root / "train" / "__MACOSX").mkdir()                     # without images: no class
+    (root / "train" / "a" / "._001.png").write_bytes(b"a fork")
+    save(before[0][0], root / "train" / ".thumbnails" / "x.png")
+    (root / "train" / "a" / "back").symlink_to(root)
     (tmp_path / "aside").mkdir()
-    (tmp_path / "aside" / "round").symlink_to(root / "a", target_is_directory=True)
-    (root / "a" / "round").symlink_to(tmp_path / "aside", target_is_directory=True)
-    (tmp_path / "near").symlink_to(root / "a", target_is_directory=True)
-    assert len(data.load_dataset(str(root), "train")) == 12
-    assert len(data.load_dataset(str(tmp_path / "near" / ".." / ".." / "pictures"), "train")) == 12
-    monkeypatch.chdir(tmp_path / "aside")      # where a path with .. crosses the link's target
-    assert len(data.load_dataset("../far/pictures", "train")) == 12
-    (root / "itself.png").symlink_to("itself.png")
-    (root / "gone.png").symlink_to("nowhere.png")
-    dataset = data.load_dataset(str(root), "train")
-    assert len(dataset) == 14
-    for i in (dataset.labels < 0).nonzero().flatten():
-        with pytest.raises(UserError, match="(itself|gone).png"):
-            dataset[i]
-    for name in ("itself", "d"):      # a class, whose disk is gone
-        (root / name).symlink_to(name if name == "itself" else "/nowhere/d")
-        with pytest.raises(UserError, match=f"cannot follow the link .*/{name}:"):
-            data.load_dataset(str(root), "train")
-        (root / name).unlink()
+    (tmp_path / "aside" / "round").symlink_to(root / "train" / "a")
+    (root / "train" / "a" / "round").symlink_to(tmp_path / "aside")
+    (tmp_path / "near").symlink_to(root)
+    for path in (root, tmp_path / "near"):
+        now = load_dataset(str(path), "train")
+        assert now.classes == before.classes and now.fingerprint == before.fingerprint
+        assert torch.equal(now.labels, before.labels) and not now.left_out
+    (root / "train" / "a" / "aside").symlink_to(root / "train" / "b")     # not back: a folder
+    assert len(load_dataset(str(root), "train")) == 12 + 4
 
 
-def test_a_folder_that_only_root_may_list(tmp_path, monkeypatch):
-    root, listed = write_images(tmp_path / "disk", 12, splits=("",)), os.scandir
-    for name in ("lost+found", "a"):
-        (root / name).mkdir(exist_ok=True)
-
-        def scandir(folder):
-            if os.path.basename(folder) == name:
-                raise PermissionError(13, "Permission denied")
-            return listed(folder)
-        monkeypatch.setattr(data.os, "scandir", scandir)
-        if name == "a":
-            with pytest.raises(UserError, match="cannot list .*/a .Permission denied"):
-                data.load_dataset(str(root), "train")
-        else:
-            assert len(data.load_dataset(str(root), "train")) == 12
+def test_what_these_scripts_write_never_counts(tree):
+    before = load_dataset(str(tree), "train")
+    run = tree / "runs" / "one"
+    save(before[0][0], run / "pictures" / "nearest.png")
+    save(before[0][0], run / "views.png")
+    (run / "args.json").write_text("{}")
+    for folder in (tree, tree / "a"):
+        save(before[0][0], folder / "view_pairs.png")
+    now = load_dataset(str(tree), "train")
+    assert now.classes == before.classes and now.fingerprint == before.fingerprint
 
 
-def test_what_is_forbidden_to_read_is_named(tmp_path):
-    locked, user = write_images(tmp_path / "locked", 12), os.geteuid()
-    os.chmod(locked, 0)
-    try:
-        os.seteuid(user or 65534)      # root may read anything
-        for name in (locked, locked / "x"):
-            with pytest.raises(UserError, match=str(name)):
-                data.load_dataset(str(name), "train")
-            assert not data.has_val(str(name))
-    finally:
-        os.seteuid(user), os.chmod(locked, 0o700)
+def test_images_by_extension_or_content_are_read_and_others_are_counted(tree):
+    picture = Image.open(tree / "a" / "000.png")
+    picture.save(tree / "one.jfif", "JPEG")
+    picture.save(tree / "two", "PNG")
+    picture.save(tree / "three.eps", "PNG")
+    (tree / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for name in ("readme.txt", "labels.txt", "LICENSE"):
+        (tree / name).write_text("to be read by people")
+    dataset = load_dataset(str(tree), "train")
+    assert len(dataset) == 12 + 3 and not data.find_unreadable(dataset)
+    assert dataset.left_out == {".heic": 1, ".txt": 2, "without extension": 1}
+
+
+def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.txt").write_text("x")
+    for name, words in (("", "does not exist"), (tmp_path / "nowhere", "nowhere.*does not exist"),
+                        (tmp_path / "text", "no images.*1 .txt"),
+                        (tmp_path / "text" / "readme.txt", "is a file")):
+        with pytest.raises(UserError, match=words):
+            load_dataset(str(name), "train")
+    write_tree(tmp_path / "split", 6, ("train",))
+    write_tree(tmp_path / "split", 6, ("val",), classes="abz")
+    with pytest.raises(UserError, match="class 'z' that .*train' has not"):
+        load_dataset(str(tmp_path / "split"), "val")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(data.tv_datasets, "CIFAR10", offline)
+    with pytest.raises(UserError, match="cannot download cifar10.*no route.*--data PATH"):
+        load_dataset("cifar10", "train")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tree, monkeypatch):
+    real = os.scandir
+
+    def scandir(folder):
+        if os.path.basename(folder) == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="cannot list .*tree/b': Permission denied"):
+        load_dataset(str(tree), "train")
 
 
 def test_stl10s_transposed_arrays_are_read(monkeypatch):
     pictures = np.arange(2 * 3 * 96 * 96, dtype=np.uint8).reshape(2, 3, 96, 96)
+    source = SimpleNamespace(data=pictures.transpose(0, 1, 3, 2), labels=[4, -1], classes="abcde")
+    monkeypatch.setattr(data.tv_datasets, "STL10", lambda *_, **__: source)
+    dataset = load_dataset("stl10", "train")
+    assert dataset.labels.tolist() == [4, -1]
+    assert dataset[0][0][1, 2, 3] == pictures[0, 1, 3, 2]
 
-    def stl10(root, split, download):
-        return SimpleNamespace(data=pictures.transpose(0, 1, 3, 2), labels=np.array([4, -1]), classes=list("abcde"))
-    monkeypatch.setattr(data.tv_datasets, "STL10", stl10)
-    dataset = data.load_dataset("stl10", "train")
-    assert dataset.labels.tolist() == [4, -1] and dataset[0][0][1, 2, 3] == pictures[0, 1, 3, 2]
 
+# ------------------------------------------------- files
 
 def odd_files(folder):
-    """Every unusual kind of image that people have, and what Pillow makes of it."""
+    """13 unusual kinds of image that people have."""
     folder.mkdir()
-    rgb = data.draw_shapes(1, 7, 40).images[0].permute(1, 2, 0).numpy()
+    rgb = data.draw_shapes(1, 7, 40).pictures[0].permute(1, 2, 0).numpy()
     picture = Image.fromarray(rgb)
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("L").save(folder / "gray.jpg")
-    picture.convert("P").save(folder / "palette.png")
-    picture.convert("RGBA").save(folder / "alpha.png")
-    picture.convert("1").save(folder / "bits.png")
+    for mode, name in (("CMYK", "cmyk.jpg"), ("L", "gray.jpg"), ("P", "palette.png"),
+                       ("RGBA", "alpha.png"), ("1", "bits.png"), ("RGB", "upper.JPEG"),
+                       ("RGB", "a.bmp"), ("RGB", "a.webp"), ("RGB", "a.tiff"), ("RGB", "a.gif")):
+        picture.convert(mode).save(folder / name)
     sixteen = (np.arange(1600, dtype=np.uint16) * 40).reshape(40, 40)
-    Image.fromarray(sixteen).save(folder / "sixteen.png")
-    (folder / "sixteen.pgm").write_bytes(b"P5 40 40 65535\n" + sixteen.astype(">u2").tobytes())
-    picture.save(folder / "upper.JPEG")
-    picture.save(folder / "a.bmp"), picture.save(folder / "a.webp"), picture.save(folder / "a.tiff"), picture.save(folder / "a.gif")
+    Image.fromarray(sixteen).save(folder / "16.png")
+    (folder / "16.pgm").write_bytes(b"P5 40 40 65535\n" + sixteen.astype(">u2").tobytes())
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(rgb[:30]).save(folder / "turned.jpg", exif=turned)
@@ -294,93 +442,134 @@ def odd_files(folder):
 
 
 def test_unusual_files_decode_as_pillow_does(tmp_path):
-    dataset = data.load_dataset(str(odd_files(tmp_path / "odd")), "train")
+    dataset = load_dataset(str(odd_files(tmp_path / "odd")), "train")
     assert len(dataset) == 13
     for i in range(len(dataset)):
-        with Image.open(dataset.path(i)) as file:
-            if "sixteen" in dataset.path(i):     # not clipped at 255
+        path = dataset.path(i)
+        with Image.open(path) as file:
+            if "16." in path:                                 # Pillow would clip at 255
                 file = Image.fromarray((np.array(file) / 257).astype(np.uint8))
             expected = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
         image = dataset[i][0]
-        assert image.dtype == torch.uint8 and image.shape == expected.shape, dataset.path(i)
-        assert (image.int() - expected.int()).abs().float().mean() < 2, dataset.path(i)
+        assert image.dtype == torch.uint8 and image.shape == expected.shape, path
+        assert (image.int() - expected.int()).abs().float().mean() < 2, path
 
 
-def test_twelve_bits_are_not_taken_for_sixteen(tmp_path):
-    values = np.arange(0, 4096, 16).reshape(16, 16)
-    pairs = values.reshape(-1, 2)
-    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1).astype(np.uint8).tobytes()
-    tags = {256: 16, 257: 16, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: len(packed)}
-    head = b"II*\0" + struct.pack("<I", 8 + len(packed))
-    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
-    (tmp_path / "twelve.tif").write_bytes(head + packed + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0))
-    assert np.array_equal(data.read_image(str(tmp_path / "twelve.tif"))[0].numpy(), values >> 4)
+def png_of(width, height):
+    """The first bytes of a PNG that claims to have this size."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head_sum = struct.pack(">I", zlib.crc32(head))
+    return b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + head_sum + b"\0\0\0\0IDAT"
 
 
-def test_numbers_of_unknown_range_are_refused(tmp_path):
-    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tiff")
-    with pytest.raises(UserError, match="float.tiff.*mode F.*8 or 16 bits"):
-        data.read_image(str(tmp_path / "float.tiff"))
+NOISE = random_picture(64, 64).permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_unreadable_files_are_named(tmp_path, content):
-    path = tmp_path / "broken.jpg"
-    if content is None:                                       # ends early: libjpeg would fill it with gray in silence
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
-        content = path.read_bytes()[:-400]
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="broken.jpg"):
-        data.read_image(str(path))
+def encoded(array, kind):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind)
+    return file.getvalue()
 
 
-def test_bad_datasets_are_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "readme.txt").write_text("x")
-    for name, word in (("nowhere", "does not exist"), ("empty", "no images"), ("text", "no images"), ("text/readme.txt", "is a file")):
-        with pytest.raises(UserError, match=word):
-            data.load_dataset(str(tmp_path / name), "train")
-    write_images(tmp_path / "split", 12)
-    (tmp_path / "split" / "val" / "a").rename(tmp_path / "split" / "val" / "z")
-    with pytest.raises(UserError, match="'z' with images.*move that one away"):
-        data.load_dataset(str(tmp_path / "split"), "val")
+@pytest.mark.parametrize("content, words", [
+    (b"", "cannot identify"),
+    (b"no image", "cannot identify"),
+    (png_of(40, 40), "truncated"),
+    (png_of(20000, 10000), "200000000 pixels. exceeds limit"),
+    (encoded(NOISE, "JPEG")[:-400], "truncated"),             # libjpeg would fill it up
+    (encoded(np.eye(8, dtype=np.float32), "TIFF"), "mode F: the range"),
+])
+def test_files_that_cannot_be_decoded_are_named_with_the_reason(tmp_path, content, words):
+    (tmp_path / "broken.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=f"broken.jpg' cannot be decoded .*{words}"):
+        data.read_image(str(tmp_path / "broken.jpg"))
 
 
-def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host")
-    monkeypatch.setattr(data.tv_datasets, "CIFAR10", offline)
-    with pytest.raises(UserError, match="cannot download cifar10.*--data PATH"):
-        data.load_dataset("cifar10", "train")
+def test_no_file_starts_another_program(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))
+    (tmp_path / "x.png").write_bytes(encoded(np.zeros((8, 8, 3), np.uint8), "EPS"))
+    with pytest.raises(UserError, match="x.png"):
+        data.read_image(str(tmp_path / "x.png"))
+    assert not started
 
 
-def test_data_py_lists_what_it_found_and_names_broken_files(tmp_path):
-    folder = odd_files(tmp_path / "odd")
-    result = run_script("data.py", folder, cwd=tmp_path)
+@pytest.mark.parametrize("call", ["os.stat", "builtins.open"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_fault_of_the_machine_is_no_fault_of_the_picture(tree, monkeypatch, call, number):
+    path = str(tree / "a" / "000.png")
+    real = {"os.stat": os.stat, "builtins.open": open}[call]
+
+    def refuse(name, *rest, **options):
+        if name == path:
+            raise OSError(number, os.strerror(number))
+        return real(name, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        with pytest.raises(UserError) as error:
+            data.read_image(path)
+    assert str(error.value) == f"cannot read {path!r}: {os.strerror(number)}"      # no advice
+
+
+def test_a_dataset_without_its_unreadable_files(tree):
+    (tree / "b" / "004.png").write_bytes(b"no image")
+    dataset = load_dataset(str(tree), "train")
+    unreadable = data.find_unreadable(dataset)
+    assert len(unreadable) == 1
+    [(index, error)] = unreadable.items()
+    assert dataset.path(index).endswith("004.png") and "004.png" in str(error)
+    good = dataset.without([index])
+    assert len(good) == 11 and good.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
+    assert good.fingerprint != dataset.fingerprint and not data.find_unreadable(good)
+
+
+# ------------------------------------------------- data.py PATH
+
+def test_data_py_tells_what_it_found_and_draws_view_pairs(tmp_path, tree):
+    odd_files(tree / "odd")
+    (tree / "notes.txt").write_text("x")
+    (tree / "a" / "broken.jpg").write_bytes(b"no image")
+    os.mkfifo(tree / "a" / "pipe.jpg")                        # would hang whoever opens it
+    os.mkfifo(tree / "pipe")
+    result = run_script("data.py", tree, cwd=tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "13 images" in result.stdout and "cannot be read: 0" in result.stdout and "JPEG CMYK: 1" in result.stdout
+    for words in ("train: 27 images", "4 classes (a, b, c, odd", "of 4 to 13 images", "1 .txt",
+                  "cannot be read: 2", "broken.jpg' cannot be decoded (cannot identify",
+                  "pipe.jpg': no regular file"):
+        assert words in result.stdout, result.stdout
     with Image.open(tmp_path / "view_pairs.png") as picture:
         assert min(picture.size) > 64
-    (folder / "broken.jpg").write_bytes(b"no image")
-    result = run_script("data.py", folder, cwd=tmp_path)
-    assert "broken.jpg" in result.stdout and "cannot be read: 1" in result.stdout
-    one_line_error(result, "remove or replace")
+
+
+def test_names_that_no_terminal_can_print_are_escaped_in_one_line(tmp_path, tree):
+    (tree / "a").rename(tree / os.fsdecode(b"caf\xe9"))
+    (tree / os.fsdecode(b"x\xff\ny.jpg")).write_bytes(b"no image")
+    result = run_script("data.py", tree, cwd=tmp_path, PYTHONIOENCODING="utf-8:strict")
+    assert result.returncode == 0, result.stderr
+    assert "(b, c, caf\\udce9" in result.stdout
+    assert "x\\udcff\\ny.jpg' cannot be decoded" in result.stdout
 
 
 def test_data_py_without_a_dataset_says_what_to_pass(tmp_path):
     one_line_error(run_script("data.py", cwd=tmp_path), "usage: python data.py PATH")
 
 
+# ------------------------------------------------- the view for evaluation
+
 def test_evaluation_view():
-    image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
-    view = data.CenterView([(image, 4)], 224)
-    expected = data.TF.center_crop(data.TF.resize(image, [256], antialias=True), [224, 224])
-    assert torch.equal(view[0][0], expected) and view[0][1:] == (4, 0)
-    pillow = T.center_crop(T.resize(Image.fromarray(image.permute(1, 2, 0).numpy()), 256), 224)      # as the papers' code
-    assert (view[0][0].int() - torch.from_numpy(np.array(pillow)).permute(2, 0, 1).int()).abs().max() <= 1
-    small = data.CenterView([(image, 4)], 32)[0][0]
-    assert torch.equal(small, data.TF.resize(image, [32, 32], antialias=True))
-    x = data.normalize(image[None, :, :224, :224])
-    expected = T.normalize(image[:, :224, :224].float() / 255, data.MEAN, data.STD)
-    torch.testing.assert_close(x[0], expected, atol=1e-6, rtol=1e-5)
+    image = random_picture(300, 400)
+    view, label, index = CenterView([(image, 4)], 224)[0]
+    expected = TF.center_crop(TF.resize(image, [256], antialias=True), [224, 224])
+    assert torch.equal(view, expected) and (label, index) == (4, 0)
+    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())              # as the papers' code
+    pillow = np.array(T.center_crop(T.resize(pillow, 256), 224))
+    assert (view.int() - torch.from_numpy(pillow).permute(2, 0, 1).int()).abs().max() <= 1
+    small, _, _ = CenterView([(image, 4)], 32)[0]
+    assert torch.equal(small, TF.resize(image, [32, 32], antialias=True))
+
+
+def test_normalize_is_torchvisions():
+    image = random_picture(224, 224)
+    expected = T.normalize(image.float() / 255, data.MEAN, data.STD)
+    torch.testing.assert_close(data.normalize(image[None])[0], expected, atol=1e-6, rtol=1e-5)

@@ -197,9 +197,9 @@ def pretrain(args, stop):
                       slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     run = Path(args.out or default_run(args, typed, dataset))
-    checkpoint = None if args.dry_run else open_run(run, args, dataset)
-    if args.init and not checkpoint:
+    if args.init and (args.restart or not (run / "last.pt").exists()):
         load_weights(encoder.backbone, args.init)
+    checkpoint = None if args.dry_run else open_run(run, args, dataset)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
     # Not fused with fp16: torch's fused SGD keeps a momentum that was never set where the scaler
@@ -401,10 +401,10 @@ class Batches:
                 self.failure = error
                 return
             self.waited += time.perf_counter() - asked
-            crops = crops.to(self.device, non_blocking=True)
-            yield crops, params, index.to(self.device, non_blocking=True)
             self.count += 1
             self.timed += 1
+            crops = crops.to(self.device, non_blocking=True)
+            yield crops, params, index.to(self.device, non_blocking=True)
 
     def seconds(self):
         if self.device.type == "cuda":
@@ -501,11 +501,12 @@ def report(run, args, numbers, done, per_epoch, smoothing, keys, batches):
 def report_dry_run(args, batches, total_steps, world):
     """Speed, memory and time of the whole run. The slower of step and loader counts: of batches
     that lay ready, steps are too fast."""
-    training = batches.timed * args.batch_size / batches.seconds()
+    timed = batches.timed
+    training = timed * args.batch_size / batches.seconds()
     rate, words = training, ""
     if args.workers:
-        for step, _ in enumerate(batches, 1):
-            if step == batches.last_step - batches.timed:
+        for step, _ in enumerate(batches, batches.first_step + 1):
+            if step == batches.last_step - timed:
                 batches.restart_clock()
         loading = batches.timed * args.batch_size / batches.seconds()
         rate, words = min(training, loading), f", the loader alone {loading:.0f}"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ from pretrain import KeyQueue, ema_update, lr_at, smoothing_at
 
 
 def test_queue_is_a_ring_for_any_batch_size():
-    queue, history = KeyQueue(4, 10), []
+    queue, history = KeyQueue(10, 4), []
     assert (queue.index == -1).all() and torch.allclose(queue.keys.norm(dim=1), torch.ones(10))
     for number, size in enumerate((3, 7, 4, 10, 25, 1)):
         keys, index = torch.randn(size, 4), torch.arange(size) + 100 * number
@@ -44,25 +46,48 @@ def test_momentum_update_is_the_formula_and_leaves_buffers_alone():
     assert all(torch.equal(a, b) for a, b in zip(buffers, k.buffers()))
 
 
+def settings(**changes):
+    values = dict(lr=0.12, batch_size=512, warmup_epochs=3.0, epochs=13, smoothing=0.2,
+                  smoothing_schedule="constant", symmetric=True, queue_size=4096)
+    return SimpleNamespace(**values | changes)
+
+
 def test_learning_rate_is_linear_then_a_cosine():
-    c = dict(lr=0.12, batch_size=512, warmup_epochs=3.0, epochs=13, smoothing=0.1, symmetric=True, queue_size=4096)
-    rates = [lr_at(step, c, 100) for step in range(1300)]
-    assert math.isclose(rates[0], 0.24 / 300) and math.isclose(rates[299], 0.24) and math.isclose(rates[300], 0.24)
-    assert math.isclose(rates[800], 0.12) and rates[-1] < 1e-5 and rates[299:] == sorted(rates[299:], reverse=True)
-    assert lr_at(0, c | {"warmup_epochs": 0.0}, 100) == 0.24
-    assert lr_at(3, c | {"warmup_epochs": 0.9, "epochs": 1}, 3) == 0.24      # a dry run past a warm-up that is all there is
+    rates = [lr_at(step, 100, settings()) for step in range(1300)]
+    assert math.isclose(rates[0], 0.24 / 300) and math.isclose(rates[299], 0.24)
+    assert math.isclose(rates[300], 0.24) and math.isclose(rates[800], 0.12) and rates[-1] < 1e-5
+    assert rates[299:] == sorted(rates[299:], reverse=True)
+    assert lr_at(0, 100, settings(warmup_epochs=0.0)) == 0.24
 
 
 def test_smoothing_waits_for_the_warm_up_and_for_real_keys():
-    c = dict(batch_size=100, warmup_epochs=1.0, smoothing=0.2, symmetric=False, queue_size=2500)
-    assert [smoothing_at(s, c, 10) for s in (0, 10, 24, 25, 99)] == [0, 0, 0, 0.2, 0.2]
-    assert [smoothing_at(s, c, 50) for s in (25, 49, 50)] == [0, 0, 0.2]
-    assert smoothing_at(13, c | {"symmetric": True}, 10) == 0.2
+    args = settings(batch_size=100, warmup_epochs=1.0, symmetric=False, queue_size=2500)
+    assert [smoothing_at(step, 10, args) for step in (0, 10, 24, 25, 99)] == [0, 0, 0, 0.2, 0.2]
+    assert [smoothing_at(step, 50, args) for step in (25, 49, 50)] == [0, 0, 0.2]
+    args.symmetric = True
+    assert smoothing_at(13, 10, args) == 0.2
+
+
+def test_smoothing_may_ramp_up_over_the_whole_run():
+    args = settings(smoothing_schedule="cosine", warmup_epochs=0.0, epochs=10, queue_size=1)
+    assert smoothing_at(50, 10, args) == pytest.approx(0.1)
+    assert smoothing_at(99, 10, args) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
+    """Memory of the key encoder: the square root of the steps; age of the queue: a tenth."""
+    typed = pretrain.read_args(["--data", "x", "--batch-size", "100", "--epochs", "100"])
+    scale = pretrain.scale_to(10_000, typed)                      # 10,000 steps, 200 keys each
+    assert scale["key_momentum"] == 0.99 and scale["queue_size"] == 2000
+    typed.epochs = 1                                              # 100 steps
+    scale = pretrain.scale_to(10_000, typed)
+    assert scale["key_momentum"] == 0.9 and scale["queue_size"] == 200
+    assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the papers' own
 
 
 def test_keys_are_normalised_in_other_company_than_their_queries():
     """Slices of the queries are neighbours in the batch; of 64 pairs that share a query slice few share a key slice."""
-    order = torch.from_numpy(data.keyed_permutation(64, data.SHUFFLE, 0, 5))
+    order = data.permutation(64, data.SHUFFLE, 0, 5)
     query_slice = torch.arange(64) // 8
     key_slice = torch.empty(64, dtype=torch.long)
     key_slice[order] = torch.arange(64) // 8
@@ -70,40 +95,40 @@ def test_keys_are_normalised_in_other_company_than_their_queries():
     same_key = key_slice[:, None] == key_slice
     off_diagonal = ~torch.eye(64, dtype=torch.bool)
     assert (same_query & same_key & off_diagonal).sum() < 0.4 * (same_query & off_diagonal).sum()
-    assert not torch.equal(order, torch.from_numpy(data.keyed_permutation(64, data.SHUFFLE, 0, 6)))      # anew every step
+    assert not torch.equal(order, data.permutation(64, data.SHUFFLE, 0, 6))      # anew every step
 
-    # and encode_keys does it: with key k of image i alone changed, only its own shuffled company sees it
-    p = pretrain.SimpleNamespace(rank=0, world=1)
+    # and encode_keys does it: with view i alone changed, only its own shuffled company sees it
     encoder = Encoder("mobilenetv3_small", 8, 16, True, slice_size=8)
-    views = torch.randn(1, 64, 3, 32, 32)
-    before = pretrain.encode_keys(encoder, views, None, None, (0,), order, p)[0]
-    views[0, 3] += 1
-    after = pretrain.encode_keys(encoder, views, None, None, (0,), order, p)[0]
+    views = torch.randn(64, 3, 32, 32)
+    before = pretrain.encode_keys(encoder, views, order)
+    views[3] += 1
+    after = pretrain.encode_keys(encoder, views, order)
     moved = (before - after).abs().amax(1) > 1e-6
     assert torch.equal(moved, key_slice == key_slice[3])
 
 
-def test_every_setting_is_resolved_with_its_origin(images):
-    dataset = data.load_dataset(str(images), "train")
-    flags = pretrain.read_flags(["--data", str(images), "--recipe", "small", "--temperature", "0.3", "--jitter", "1", "1", "1", ".2"])
-    c, origin = pretrain.resolve(flags, dataset, 512)
-    assert c["temperature"] == 0.3 and origin["temperature"] == "command line" and c["jitter"] == [1, 1, 1, 0.2]
-    assert c["queue_size"] == 64 and origin["queue_size"].startswith("scale of")
-    assert c["gray_p"] == 0.5 and origin["gray_p"] == "recipe small"
-    assert c["lr"] == 0.03 and origin["lr"].startswith("scale of")
-    assert c["hidden_dim"] == 1024 and c["blur_p"] == 0 and c["image_size"] == 32
-    assert set(origin) == set(c) and origin["data"] == "command line" and origin["workers"] == "default"
+def resolved(images, *flags):
+    args = pretrain.read_args(["--data", str(images), *flags])
+    pretrain.resolve(args, data.load_dataset(str(images), "train"))
+    return args
+
+
+def test_what_is_typed_beats_the_scale_of_the_data_which_beats_the_recipe(images):
+    args = resolved(images, "--recipe", "small", "--temperature", "0.3")
+    assert args.temperature == 0.3 and args.batch_size == 32 and args.gray_p == 0.5
+    assert args.hidden_dim == 2048 and args.blur_p == 0 and args.image_size == 32
+    assert args.data == str(images) and args.jitter == [0.8, 0.8, 0.8, 0.4]
 
 
 def test_mocos_cifar_settings_are_reachable(images):
     """The official CIFAR-10 notebook's settings, all by flags."""
-    argv = ("--recipe moco_v2 --arch resnet18 --batch-size 512 --lr 0.03 --weight-decay 5e-4 --queue-size 4096 --key-momentum 0.99 "
-            "--temperature 0.1 --hidden-dim 0 --bn-splits 8 --min-scale 0.08 --jitter 0.4 0.4 0.4 0.1 --jitter-p 0.8 --gray-p 0.2 "
-            "--blur-p 0 --epochs 200 --no-symmetric --image-size 32 --warmup-epochs 0 --dim 128")
-    c, _ = pretrain.resolve(pretrain.read_flags(argv.split()), data.load_dataset(str(images), "train"), 512)
-    wanted = dict(batch_size=512, weight_decay=5e-4, queue_size=4096, key_momentum=0.99, temperature=0.1, hidden_dim=0, bn_splits=8,
-                  min_scale=0.08, blur_p=0, epochs=200, symmetric=False, smoothing=0, sgd_momentum=0.9)
-    assert {k: c[k] for k in wanted} == wanted and lr_at(0, c, 97) == 0.06
+    flags = ("--recipe moco_v2 --arch resnet18 --batch-size 512 --lr 0.03 --weight-decay 5e-4 "
+             "--queue-size 4096 --key-momentum 0.99 --temperature 0.1 --hidden-dim 0 "
+             "--bn-splits 8 --min-scale 0.08 --blur-p 0 --epochs 200 --image-size 32")
+    args = resolved(images, *flags.split())
+    wanted = dict(batch_size=512, weight_decay=5e-4, queue_size=4096, key_momentum=0.99,
+                  hidden_dim=0, min_scale=0.08, epochs=200, symmetric=False, smoothing=0)
+    assert wanted.items() <= vars(args).items() and lr_at(0, 97, args) == 0.06
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +147,10 @@ def rows_of(run):
 
 def test_run_folder_has_all_that_others_read(run):
     folder, output = run
-    assert {f.name for f in folder.iterdir()} == {"args.json", "log.csv", "views.png", "last.pt", "backbone.pt", "backbone.json"}
+    assert {f.name for f in folder.iterdir()} == {"args.json", "log.csv", "views.png", "curve.png",
+                                                   "last.pt", "backbone.pt", "backbone.json", "lock"}
     about = json.loads((folder / "backbone.json").read_text())
-    assert about["arch"] == "mobilenetv3_small" and about["feature_dim"] == 1024 and about["image_size"] == 32 and about["epoch"] == 2
+    assert about["arch"] == "mobilenetv3_small" and about["feature_dim"] == 1024 and about["image_size"] == 32
     from torchvision.models import mobilenet_v3_small
     unmatched = mobilenet_v3_small().load_state_dict(torch.load(folder / "backbone.pt", weights_only=True), strict=False)
     assert not unmatched.unexpected_keys
@@ -133,7 +159,7 @@ def test_run_folder_has_all_that_others_read(run):
     rows = rows_of(folder)
     assert [int(r["step"]) for r in rows] == [6, 12] and all(0 <= float(r["knn_backbone"]) <= 1 for r in rows)
     assert math.isclose(float(rows[0]["chance"]), math.log(33), rel_tol=1e-6)
-    for words in ("temperature", "recipe light", "command line", "kNN of the backbone", "next: python lineval.py"):
+    for words in ("recipe light", "instead of", "typed", "kNN of the backbone", "next: python lineval.py"):
         assert words in output
 
 
@@ -141,83 +167,65 @@ def test_same_command_after_the_end_says_so_and_changes_nothing(run, images):
     folder, _ = run
     before = (folder / "last.pt").read_bytes()
     result = run_script("pretrain.py", "--data", images, "--out", folder, *TINY, cwd=folder.parent)
-    assert result.returncode == 0 and "after step 12 of 12" in result.stdout and (folder / "last.pt").read_bytes() == before
+    assert result.returncode == 0 and "after step 12 of 12" in result.stdout
+    assert (folder / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("workers, steps", [(0, 10), (6, 12)])      # two rounds of the workers
-def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers, steps):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)      # this process is pytest's
-    with pytest.raises(SystemExit) as stopped:
-        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--workers", str(workers)])
+    flags = ["--data", str(images), "--dry-run", *TINY, "--workers", str(workers)]
+    assert pretrain.main(flags) == 0
     output = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(w in output for w in (f"of {steps} steps", "images/s", "GiB", "hours"))
+    assert all(words in output for words in ("images/s", "GiB a loader worker", "hours"))
     assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkeypatch):
     """Steps that find their batches ready look faster than the run will be."""
-    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
-    whole = data.TwoViews.__getitems__
-    monkeypatch.setattr(data.TwoViews, "__getitems__", lambda views, items: (time.sleep(0.2), whole(views, items))[1])
-
-    def train(s):     # a thousand steps in a second
-        s.clock.steps, s.clock.started, s.clock.stopped = 1000, 0, 1
-        return 0
-    monkeypatch.setattr(pretrain, "train", train)
-    with pytest.raises(SystemExit):
-        pretrain.main(["--data", str(images), "--dry-run", *TINY, "--epochs", "20000", "--workers", "2"])
-    last = capsys.readouterr().out.splitlines()[-1]
-    loaded, hours = (float(re.search(p, last)[1]) for p in (r"the loader alone (\d+)", r"would take ([\d.]+) hours"))
-    assert 80 < loaded < 165 and hours == pytest.approx(120_000 * 16 / loaded / 3600, rel=0.01), last     # 160: 2 x 16 / 0.2
+    views = data.TwoViews(data.load_dataset(str(images), "train"), 32)
+    item = data.TwoViews.__getitem__
+    monkeypatch.setattr(data.TwoViews, "__getitem__",
+                        lambda views, key: (time.sleep(0.0125), item(views, key))[1])
+    args = resolved(images, *TINY, "--workers", "2")
+    batches = pretrain.Batches(views, args, torch.device("cpu"), 0, 1, 0, 15)
+    batches.timed = 11                                                       # steps of no time
+    pretrain.report_dry_run(args, batches, 1000, 1)
+    loaded = float(re.search(r"the loader alone (\d+)", capsys.readouterr().out)[1])
+    assert 80 < loaded < 165, loaded                                         # 160: 2 x 16 / 0.2
 
 
-def test_a_dry_run_stops_at_once(images, tmp_path):
-    command = [sys.executable, "-u", ROOT / "pretrain.py", "--data", images, "--dry-run", *TINY, "--workers", "1"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while " step 2/" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == -signal.SIGINT and process.stderr.read() == ""
-
-
-def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path, monkeypatch):
+def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path):
     folder = copy_of(run, tmp_path)
-    for name in ("lineval.json", "lineval-other.json", "map-other.png", "neighbors.png", "soft_positives.png", "notes.txt"):
+    for name in ("lineval.json", "lineval-other.json", "map-other.png", "notes.txt"):
         (folder / name).write_text("old")
-    (folder / "map.png").mkdir()
-    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(pretrain, "train", lambda s: 0)
-    with pytest.raises(SystemExit):
-        pretrain.main(["--data", str(images), "--out", str(folder), *TINY, "--restart"])
-    assert {f.name for f in folder.iterdir()} == {"notes.txt", "map.png", "args.json", "views.png"}
+    args = resolved(images, *TINY, "--restart")
+    assert pretrain.open_run(folder, args, None) is None
+    assert {f.name for f in folder.iterdir()} == {"notes.txt", "args.json", "lock"}
+
+
+def test_a_folder_has_one_owner(run, images, tmp_path):
+    """The same command twice at once: the second ends, and a dead owner does not count."""
+    folder = copy_of(run, tmp_path)
+    code = "import pretrain, pathlib, sys; pretrain.lock(pathlib.Path(sys.argv[1])); print(1); input()"
+    owner = subprocess.Popen([sys.executable, "-c", code, str(folder)], env=environment(), text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == "1\n"
+    with pytest.raises(data.UserError, match="in use by another process"):
+        pretrain.lock(folder)
+    owner.kill()
+    owner.wait()
+    pretrain.lock(folder)
 
 
 @pytest.mark.parametrize("flags", [[], ["--restart"]])
-@pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}, {"args.json": '{"recipe": "soup"}'},
-                                   {"views.png": "", "args.json": "7"}])
+@pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}])
 def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, capsys):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     line = error_of(pretrain.main, ["--data", images, "--out", tmp_path, *TINY, *flags], capsys)
-    assert any(name in line for name in files) and "--out" in line
+    assert str(tmp_path) in line and "--out" in line
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == files
-
-
-def test_a_folder_that_is_forbidden_to_look_at_is_named(images, capsys, monkeypatch):
-    def forbidden(path):
-        raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(pretrain.Path, "exists", forbidden)
-    line = error_of(pretrain.main, ["--data", images, "--out", "locked/run", *TINY], capsys)
-    assert "cannot write locked/run (Permission denied)" in line
-
-
-def test_a_folder_called_shapes_is_not_the_demo(images, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(images, tmp_path / "shapes")
-    for name, temperature in ("shapes", 0.2), ("./shapes", 0.1):
-        settings, _ = pretrain.resolve(pretrain.read_flags(["--data", name]), data.load_dataset(name, "train"), 576)
-        assert settings["temperature"] == temperature
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -230,7 +238,7 @@ def test_a_folder_called_shapes_is_not_the_demo(images, tmp_path, monkeypatch):
     (["--queue-size", "500"], ["--queue-size 500", "192 keys"]),
     (["--neighbors", "40"], ["--neighbors 40", "32"]),
     (["--lr", "nan"], ["--lr nan"]),
-    (["--temperature", "0"], ["--temperature 0.0", "above 0"]),
+    (["--temperature", "0"], ["--temperature 0.0", "[0.001"]),
     (["--hidden-dim", "wide"], ["wide"]),
     (["--hidden-dim", "infx"], ["infx"]),
     (["--seed", "-1"], ["--seed -1"]),
@@ -310,9 +318,8 @@ def test_init_starts_from_the_given_weights_and_refuses_another_arch(run, images
 
 
 def test_processes_must_share_the_slices(images):
-    c, _ = pretrain.resolve(pretrain.read_flags(["--data", str(images), *TINY]), data.load_dataset(str(images), "train"), 1024)
     with pytest.raises(pretrain.UserError, match="--bn-splits 4.*3 processes"):
-        pretrain.check(c, 96, 3)
+        pretrain.check(resolved(images, *TINY), 96, 3)
 
 
 @pytest.mark.slow
@@ -325,5 +332,5 @@ def test_processes_print_an_error_that_all_make_once(images, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(images, tmp_path):
     result = run_script("pretrain.py", "--data", images, "--out", "run", *TINY, "--lr", "1e30", "--log-every", "1", cwd=tmp_path)
-    one_line_error(result, "not finite at step", "--lr")
+    one_line_error(result, "not finite near step", "--lr")
     assert not (tmp_path / "run" / "last.pt").exists()

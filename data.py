@@ -647,8 +647,9 @@ def iterate(dataset, batches, workers, *, batch_bytes, collate_fn=None, pin_memo
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
     if needed > free:
-        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, {free >> 20} "
-                         f"are free: pass fewer --workers (0: none), or docker run --shm-size")
+        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, "
+                         f"{free >> 20} are free: pass fewer --workers (0: none), or docker run "
+                         f"--shm-size")
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate_fn,
                         worker_init_fn=outlive_signals, pin_memory=pin_memory,
                         timeout=LOADER_TIMEOUT if workers else 0)

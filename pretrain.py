@@ -3,7 +3,7 @@
     python pretrain.py                                             # drawn shapes: no data, no GPU
     python pretrain.py --data PATH --arch resnet18 --recipe small  # your own folder of images
     torchrun --nproc_per_node=8 pretrain.py --arch mobilenetv3_large --data /path/to/imagenet
-    python pretrain.py --dry-run ...                               # a few steps: speed, memory, time
+    python pretrain.py --dry-run ...                               # how fast, how much memory
 
 MoCo (arXiv 1911.05722): a query encoder learns to find, among many keys, the key of its image's
 other view. The keys come from a second encoder, a slow average of the first, so that a queue of
@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -295,8 +296,9 @@ def pretrain(args, stop):
     if args.dry_run:
         report_dry_run(args, batches, total_steps, world)
     elif stopped and done < total_steps:
-        say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; the same command "
-            f"{'without --restart ' if args.restart else ''}continues")
+        command = "the same command without --restart" if args.restart else "the same command"
+        say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; {command} "
+            f"continues")
         return 128 + stop.asked
     else:
         say(f"done: {total_steps} steps. In {run}: backbone.pt (the weights, under torchvision's "
@@ -343,8 +345,11 @@ def own_part(x):
 def distribute(encoder, device):
     """The encoder in DDP: its gradient is the mean over all processes."""
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        # torch 2.14 has a new name for broadcast_buffers, which 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)
 
 
 def mean_over_processes(**numbers):
@@ -652,8 +657,9 @@ def cut_log(path, step):
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, csv.Error):
-        os.replace(path, path.with_suffix(".damaged"))
-        say(f"{path} was damaged: put aside as {path.with_suffix('.damaged').name}, a new one begins")
+        aside = path.with_suffix(".damaged")
+        os.replace(path, aside)
+        say(f"{path} was damaged: put aside as {aside.name}, a new one begins")
 
 
 def save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue):
@@ -738,7 +744,7 @@ def read_args(argv=None):
     add("--workers", type=int, help="loader processes for each training process")
     add("--log-every", type=int, default=20, metavar="STEPS")
     add("--save-minutes", type=float, default=15, help="save inside long epochs too, so often")
-    add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often; 0: never (default: ten times)")
+    add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often (0: never)")
     for name, value in MOCO_V2.items():
         flag = "--" + name.replace("_", "-")
         columns = "recipes: " + " | ".join(str(recipe[name]) for recipe in RECIPES.values())
@@ -818,7 +824,7 @@ RANGES = {                  # of each number: the least and the greatest
 
 
 def check(args, images, world):
-    """Raise UserError, with value and remedy, for what cannot work on these images and processes."""
+    """Raise UserError, with value and remedy, for what cannot work on so many images."""
     for name, (least, most) in RANGES.items():
         value = getattr(args, name)
         if not least <= value <= most:

@@ -267,6 +267,41 @@ def test_unreadable_image_is_named_and_the_run_saved(tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 0
 
 
+def test_unreadable_images_can_be_left_out_and_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_images(tmp_path / "images", 48)
+    sorted((folder / "train").rglob("*.png"))[20].write_bytes(b"no image")
+    sixteen = [*TINY[:-4], "--epochs", "1", "--warmup-epochs", "0", "--workers", "0"]
+    flags = ["--data", str(folder), "--out", "run", *sixteen, "--skip-unreadable"]
+    assert pretrain.main(flags) == 0
+    output = capsys.readouterr().out
+    assert "training without 1 of 48 files" in output and "cannot be decoded" in output
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["images"] == 47
+
+
+def test_what_was_lost_for_ever_is_not_asked_for_again(run, images, tmp_path, capsys):
+    """More epochs than a finished run had: the message names the way that works."""
+    folder = copy_of(run, tmp_path)
+    flags = ["--data", images, "--out", folder, *TINY, "--epochs", "4"]
+    line = error_of(pretrain.main, flags, capsys)
+    assert "epochs was 2, now 4" in line and f"--init {folder / 'backbone.pt'} --out NEW" in line
+
+
+def test_a_damaged_log_is_put_aside(run, images, tmp_path):
+    folder = copy_of(run, tmp_path)
+    (folder / "log.csv").write_text("epoch,step\n1,six\n")
+    pretrain.cut_log(folder / "log.csv", 6)
+    assert (folder / "log.damaged").exists() and not (folder / "log.csv").exists()
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(run, images, tmp_path, capsys):
+    folder = copy_of(run, tmp_path)
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.pt").write_bytes(content)
+    error_of(pretrain.main, ["--data", images, "--out", folder, *TINY], capsys)
+
+
 def copy_of(run, tmp_path):
     return shutil.copytree(run[0], tmp_path / "run")
 

@@ -28,13 +28,11 @@ import json
 import math
 import os
 import sys
-import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -48,13 +46,24 @@ from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def center_batches(dataset, rows, image_size, device, workers, batch_size):
+def center_batches(dataset, rows, image_size, device="cpu", workers=0, batch_size=256):
     """Yield the evaluation views of `rows`, normalised, (B, 3, S, S) at a time."""
-    batches = [part.tolist() for part in rows.split(batch_size)]
     views = data.CenterView(dataset, image_size)
-    for images, _, _ in data.iterate(views, batches, workers,
-                                     batch_bytes=3 * batch_size * image_size ** 2):
+    batches = [part.tolist() for part in rows.split(batch_size)]
+    size = 3 * batch_size * image_size ** 2
+    for images, _, _ in data.iterate(views, batches, workers, batch_bytes=size):
         yield data.normalize(images.to(device))
+
+
+def augmented_batches(views, items, device="cpu", workers=0, batch_size=256):
+    """Yield both views of `items`, pairs (epoch, index) -> (B, 3, S, S) twice, index (B,)."""
+    batches = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+    size = 6 * batch_size * views.size ** 2
+    for crops, params, index in data.iterate(views, batches, workers, batch_bytes=size,
+                                             collate_fn=data.collate):
+        view1 = data.augment(crops[0].to(device), params[0])
+        view2 = data.augment(crops[1].to(device), params[1])
+        yield view1, view2, index
 
 
 @torch.no_grad()
@@ -63,32 +72,24 @@ def extract_features(net, dataset, image_size, *, rows=None, device="cpu", worke
     """Outputs of `net` for the evaluation view of each row -> (len(rows), F) on the CPU.
 
     rows (N,): indices, default all. Several processes share the work; all but the first get
-    (0, F). float16 where float32 would take more than 2 GiB. The caller sets eval mode.
+    (0, F). The caller sets eval mode.
     """
     rows = torch.arange(len(dataset)) if rows is None else rows
     mine = own_share(rows)
     batches = center_batches(dataset, mine, image_size, device, workers, batch_size)
-    outputs = (net(images) for images in batches)
-    return collect(outputs, len(mine), len(rows), device, what)
+    return collect(map(net, batches), mine, rows, device, what)
 
 
 @torch.no_grad()
 def view_features(net, dataset, image_size, *, rows, seed=0, device="cpu", workers=0,
-                  batch_size=128, what="features of views"):
-    """Outputs for two augmented views of each row -> two (len(rows), F), as `extract_features`."""
+                  batch_size=256, what="features of views"):
+    """The same for two augmented views of each row -> two (len(rows), F)."""
     mine = own_share(rows)
+    items = [(0, index) for index in mine.tolist()]
     views = data.TwoViews(dataset, image_size, seed)
-    batches = [[(0, index) for index in part.tolist()] for part in mine.split(batch_size)]
-    loader = data.iterate(views, batches, workers, collate_fn=data.collate,
-                          batch_bytes=6 * batch_size * image_size ** 2)
-
-    def both(crops, params):
-        first = net(data.augment(crops[0].to(device), params[0]))
-        second = net(data.augment(crops[1].to(device), params[1]))
-        return torch.cat([first, second], 1)                             # (B, 2F)
-
-    outputs = (both(crops, params) for crops, params, _ in loader)
-    return collect(outputs, len(mine), len(rows), device, what).chunk(2, dim=1)
+    batches = augmented_batches(views, items, device, workers, batch_size)
+    outputs = (torch.cat([net(view1), net(view2)], 1) for view1, view2, _ in batches)
+    return collect(outputs, mine, rows, device, what).chunk(2, dim=1)
 
 
 def own_share(rows):
@@ -100,48 +101,40 @@ def own_share(rows):
     return rows[torch.arange(first, first + each).clamp(max=len(rows) - 1)]
 
 
-def collect(outputs, mine, total, device, what):
-    """Outputs (B, F), a batch at a time, `mine` in all -> (total, F) on the first process."""
-    progress = data.Progress(what, mine)
-    features, done = None, 0
+def collect(outputs, mine, rows, device, what):
+    """Outputs for `mine`, (B, F) at a time, from each process -> (len(rows), F) on the first."""
+    progress = data.Progress(what, len(mine))
+    parts, done = [], 0
     try:
         for out in outputs:
-            if features is None:     # at once: parts and their concatenation take twice the memory
-                large = 4 * total * out.shape[1] > 2 ** 31
-                dtype = torch.float16 if large else torch.float32
-                features = torch.empty(mine, out.shape[1], dtype=dtype)
-            features[done:done + len(out)] = out
+            parts.append(out.cpu())
             done += len(out)
             progress.show(done)
     except UserError as error:       # an image that only this process has seen
         raise LocalError(data.last_line(error)) from None
+    features = torch.cat(parts)
     if not dist.is_initialized():
         return features
     first = dist.get_rank() == 0
-    whole = torch.empty(dist.get_world_size() if first else 0, *features.shape,
-                        dtype=features.dtype, device=device)
+    whole = features.new_empty(dist.get_world_size() if first else 0, *features.shape,
+                               device=device)
     dist.gather(features.to(device), list(whole) if first else None)
-    return whole.flatten(0, 1)[:total].cpu()
+    return whole.flatten(0, 1)[:len(rows)].cpu()
 
 
 @torch.no_grad()
 def estimate_batch_norm(net, dataset, rows, image_size, *, device="cpu", workers=0, seed=0,
-                        batches=16, batch_size=128):
-    """Give a random network the data's batch statistics, the mean over some batches: without
-    them it would be a worse baseline than it need be."""
-    order = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:batches * batch_size]]
-    if len(order) % batch_size == 1:                                     # it has no variance
-        order = order[:-1]
+                        images=512):
+    """Give a random network the data's batch statistics, those of some images: without them it
+    would be a worse baseline than it need be."""
+    picks = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:images]]
+    batch = torch.cat(list(center_batches(dataset, picks, image_size, device, workers)))
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-    net.train()
-    parts = center_batches(dataset, order, image_size, device, workers, batch_size)
-    for number, images in enumerate(parts, 1):
-        for layer in layers:
-            layer.momentum = 1 / number                                  # so it becomes a mean
-        net(images)
+    for layer in layers:
+        layer.momentum = 1                                               # forget what was there
+    net.train()(batch)
     for layer in layers:
         layer.momentum = 0.1
-    net.eval()
 
 
 # ------------------------------------------------- measures with labels
@@ -151,30 +144,25 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-30)
 
 
-def neighbors(x, others, k, *, euclidean=False, device="cpu", step=1024, block=1 << 17):
+def neighbors(x, others, k, *, euclidean=False, device="cpu", most=2 ** 27):
     """The k nearest rows of `others` (M, F), or all if fewer, for each row of x (N, F).
 
     -> similarity (N, k), rows (N, k), nearest first; similarity is the cosine, or minus the
-    Euclidean distance. At most step x block pairs are in memory at a time.
+    Euclidean distance. At most about `most` pairs are in memory at a time.
     """
-    progress = data.Progress("nearest neighbours", len(x))
+    others = others.to(device)
+    if not euclidean:
+        others = unit(others)
     similarities, indices = [], []
-    for part in x.split(step):
-        part = part.to(device).float()
-        values, rows = [], []                                            # of each block
-        for start in range(0, len(others), block):
-            candidates = others[start:start + block].to(device).float()
-            if euclidean:
-                similarity = -torch.cdist(part, candidates)
-            else:
-                similarity = unit(part) @ unit(candidates).T
-            top = similarity.topk(min(k, len(candidates)))
-            values.append(top.values)
-            rows.append(top.indices + start)
-        best = torch.cat(values, 1).topk(min(k, len(others)))
+    for part in x.split(max(1, most // len(others))):
+        part = part.to(device)
+        if euclidean:
+            similarity = -torch.cdist(part, others)
+        else:
+            similarity = unit(part) @ others.T
+        best = similarity.topk(min(k, len(others)))
         similarities.append(best.values.cpu())
-        indices.append(torch.cat(rows, 1).gather(1, best.indices).cpu())
-        progress.show(sum(map(len, indices)))
+        indices.append(best.indices.cpu())
     return torch.cat(similarities), torch.cat(indices)
 
 
@@ -213,7 +201,7 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
 
 
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)        # for features of length about 1
-MOST_NUMBERS = {"cpu": 2 ** 26, "cuda": 2 ** 29}     # N x F that a probe is fitted to
+MOST_NUMBERS = 2 ** 28                         # N x F that a probe is fitted to: 1 GiB
 
 
 def fit_softmax(x, y, classes, decay, steps=200):
@@ -221,20 +209,15 @@ def fit_softmax(x, y, classes, decay, steps=200):
 
     x (N, F), y (N,) -> weight (F, classes), bias (classes,).
     """
-    weight = torch.zeros(x.shape[1], classes, device=x.device, dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, dtype=x.dtype, requires_grad=True)
+    weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20,
                                   tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-    progress = data.Progress(f"linear probe, weight decay {decay:g}, steps", steps)
-    calls = 0
 
     def closure():
-        nonlocal calls
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
         loss.backward()
-        calls += 1
-        progress.show(min(calls, steps))
         return loss
 
     optimizer.step(closure)
@@ -249,16 +232,15 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     chosen on a tenth of train, never on val; then all of train is fitted. Of more than
     `MOST_NUMBERS` a keyed part of the rows is used.
     """
-    most = MOST_NUMBERS[torch.device(device).type] // train_x.shape[1]
-    order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)[:most]
+    order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)
+    order = order[:MOST_NUMBERS // train_x.shape[1]]
     if len(order) < len(train_x):
-        say(f"linear probe: fitted to {len(order):,} of {len(train_x):,} images, since all "
-            f"features would be too large")
-    x, y = train_x[order].to(device).float(), train_y[order].to(device)
-    mean, var = x.double().mean(0), x.double().var(0, correction=0)
+        say(f"linear probe: fitted to {len(order):,} of {len(train_x):,} images, to save memory")
+    x, y = train_x[order].to(device), train_y[order].to(device)
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
     # Constant features become 0. Relative, since a random network's features can be tiny.
     var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
-    mean, scale = mean.float(), (var.rsqrt() / math.sqrt(x.shape[1])).float()
+    mean, scale = mean.float(), (var * x.shape[1]).rsqrt().float()
     x = (x - mean) * scale
     classes = int(max(train_y.max(), val_y.max())) + 1
 
@@ -269,12 +251,8 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)
     weight, bias = fit_softmax(x, y, classes, decay)
-
-    predicted = []
-    for part in val_x.split(8192):
-        scores = (part.to(device).float() - mean) * scale @ weight + bias
-        predicted.append(scores.argmax(1).cpu())
-    return dict(top1=accuracy(torch.cat(predicted), val_y), weight_decay=decay,
+    scores = (val_x.to(device) - mean) * scale @ weight + bias
+    return dict(top1=accuracy(scores.argmax(1).cpu(), val_y), weight_decay=decay,
                 held_out=held_out[decay], rows=len(x))
 
 
@@ -290,26 +268,22 @@ def augmented_probe(net, splits, val_x, image_size, *, epochs=100, seed=0, devic
     rows, labels = splits.train_rows, splits.train.labels
     batch_size = min(batch_size, len(rows))
     layer = nn.Linear(val_x.shape[1], len(splits.names)).to(device)
-    nn.init.normal_(layer.weight, 0, 0.01)
-    nn.init.zeros_(layer.bias)
     optimizer = torch.optim.SGD(layer.parameters(), 30 * batch_size / 256, momentum=0.9)
-    total = epochs * (len(rows) // batch_size)
-    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [total * 6 // 10, total * 8 // 10])
-    progress = data.Progress("linear probe on augmented images, steps", total)
-    batches = ([(epoch, int(rows[i])) for epoch, i in items]
-               for items in data.schedule(len(rows), batch_size, epochs, seed))
-    loader = data.iterate(views, batches, workers, collate_fn=data.collate,
-                          batch_bytes=6 * batch_size * image_size ** 2)
-    for step, (crops, params, index) in enumerate(loader, 1):
-        with torch.no_grad():
-            x = net(data.augment(crops[0].to(device), params[0]))        # (B, F)
-        optimizer.zero_grad()
-        F.cross_entropy(layer(x), labels[index].to(device)).backward()
-        optimizer.step()
-        steps.step()
-        progress.show(step)
+    drops = [epochs * 6 // 10, epochs * 8 // 10]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
+    for epoch in range(epochs):
+        order = rows[data.permutation(len(rows), data.ORDER, seed, epoch)].tolist()
+        whole = len(order) // batch_size * batch_size
+        items = [(epoch, index) for index in order[:whole]]
+        for view, _, index in augmented_batches(views, items, device, workers, batch_size):
+            with torch.no_grad():
+                x = net(view)                                            # (B, F)
+            optimizer.zero_grad()
+            F.cross_entropy(layer(x), labels[index].to(device)).backward()
+            optimizer.step()
+        schedule.step()
     with torch.no_grad():
-        predicted = layer(val_x.to(device).float()).argmax(1).cpu()
+        predicted = layer(val_x.to(device)).argmax(1).cpu()
     return accuracy(predicted, splits.val.labels[splits.val_rows])
 
 
@@ -319,54 +293,51 @@ ROUNDING = 1e-6           # cosines that differ by less count as equal
 COLLAPSED = 1e-12         # mean squared distance below which unit rows differ by rounding alone
 
 
-def find_own(x, positive, step=1024):
+def find_own(x, positive):
     """Compare each row of x (N, F) with its row of `positive`, and with all other rows of x
     -> share of rows to which no other is as near (chance 1 / N), share of all others that are
     farther away (chance 1/2). To a network that has collapsed all are equally near: 0, 0."""
     x = unit(x)
     own = (x * unit(positive)).sum(1, keepdim=True)                      # (N, 1)
     n, found, nearer = len(x), 0, 0
-    for start in range(0, n, step):
-        rows = torch.arange(start, min(start + step, n))
-        near = x[rows] @ x.T > own[rows] - ROUNDING                      # (step, N)
-        near[torch.arange(len(rows)), rows] = False                      # an image itself
-        found += int((near.sum(1) == 0).sum())
-        nearer += int(near.sum())
+    for rows in torch.arange(n).split(1024):
+        near = x[rows] @ x.T > own[rows] - ROUNDING                      # (rows, N)
+        near[range(len(rows)), rows] = False                             # an image itself
+        found += (near.sum(1) == 0).sum().item()
+        nearer += near.sum().item()
     return found / n, 1 - nearer / (n * (n - 1))
 
 
-def sum_of_distances(x):
-    """Sum of |x_i - x_j|^2 over all ordered pairs of rows: 2 N sum |x_i - mean|^2."""
-    x = x.double()
-    return 2 * len(x) * (x - x.mean(0)).square().sum()
+def mean_distance(x):
+    """Mean |x_i - x_j|^2 over all pairs i != j: twice the variance, in all dimensions."""
+    return 2 * x.double().var(0).sum().item()
 
 
 def class_distances(x, labels):
     """intra_class: mean |x_i - x_j|^2 within a class, the mean over classes; inter_class: the
     mean over pairs of different classes; over_clustering: their ratio. x (N, F) unit rows."""
-    x, labels = x[labels >= 0], labels[labels >= 0]
-    within, pairs = [], []
-    for c in labels.unique():
-        members = x[labels == c]
-        within.append(sum_of_distances(members))
-        pairs.append(len(members) * (len(members) - 1))
-    if max(pairs, default=0) == 0 or len(pairs) < 2:
+    groups = [x[labels == c] for c in labels.unique()]
+    within = [(len(group) * (len(group) - 1), mean_distance(group))
+              for group in groups if len(group) > 1]
+    if not within or len(groups) < 2:
         return {}
-    within, pairs = torch.stack(within), torch.tensor(pairs)
-    intra = (within / pairs)[pairs > 0].mean()
-    inter = (sum_of_distances(x) - within.sum()) / (len(x) * (len(x) - 1) - pairs.sum())
-    out = dict(intra_class=intra.item(), inter_class=inter.item())
+    intra = sum(distance for _, distance in within) / len(within)
+    pairs = len(x) * (len(x) - 1)
+    rest = pairs - sum(count for count, _ in within)                     # of different classes
+    inter = (pairs * mean_distance(x) - sum(n * distance for n, distance in within)) / rest
+    out = dict(intra_class=intra, inter_class=inter)
     if inter > COLLAPSED:
-        out["over_clustering"] = (intra / inter).item()
+        out["over_clustering"] = intra / inter
     return out
 
 
 def uniformity(x):
     """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242)."""
-    n, total = len(x), 0.0
+    total = 0.0
     for part in x.split(2048):
         total += (-2 * torch.cdist(part, x).square()).exp().double().sum().item()
-    return math.log(max(total - n, 1e-300) / (n * (n - 1)))              # i = i gave exp(0) each
+    total -= len(x)                                                      # i = i gave exp(0) each
+    return math.log(max(total, 1e-300) / (len(x) * (len(x) - 1)))
 
 
 @torch.no_grad()
@@ -390,23 +361,10 @@ def representation_space(original, view1, view2, labels):
         spread=original.double().var(0, correction=0).sum().sqrt().item(),
         view_images=len(original))
     out |= class_distances(original, labels)
-    if sum_of_distances(original) > COLLAPSED * len(original) ** 2:
+    if mean_distance(original) > COLLAPSED:
         singular = torch.linalg.svdvals((original - original.mean(0)).double())
         out["effective_rank"] = torch.special.entr(singular / singular.sum()).sum().exp().item()
     return out
-
-
-def near_duplicates(x, most=20_000, device="cpu", seed=0):
-    """Images, of at most `most`, whose nearest other image is ten times as near as is usual: its
-    1 - cosine is below a tenth of the median. x (N, F) -> pairs of rows (P, 2), nearest first."""
-    rows = data.permutation(len(x), data.SAMPLE, seed, 5)[:most]
-    similarity, near = neighbors(x[rows], x[rows], 2, device=device)     # itself, and the next
-    distance = 1 - similarity[:, 1]
-    itself = near[:, 0] == torch.arange(len(rows))
-    other = torch.where(itself, near[:, 1], near[:, 0])
-    order = distance.argsort()
-    order = order[distance[order] < distance.median() / 10]
-    return torch.stack([rows[order], rows[other[order]]], 1)
 
 
 # ------------------------------------------------- while training (for pretrain.py)
@@ -414,30 +372,24 @@ def near_duplicates(x, most=20_000, device="cpu", seed=0):
 KNN_TRAIN, KNN_VAL = 50_000, 10_000            # the most images that are compared
 
 
+@torch.no_grad()
 def online_knn(encoder, splits, image_size, seed, *, device, workers):
     """kNN accuracy of the backbone's features and of the head's output, encoder in eval mode
     -> {"knn_backbone": ..., "knn_head": ...} on the first process, {} on the others."""
-    def backbone_and_head(images):
-        features = encoder.backbone(images)
-        return torch.cat([features, encoder.head(features)], 1)
-
     def sample(dataset, rows, most):
         rows = rows[data.permutation(len(rows), data.SAMPLE, seed)[:most]]
-        x = extract_features(backbone_and_head, dataset, image_size, rows=rows, device=device,
+        x = extract_features(encoder.backbone, dataset, image_size, rows=rows, device=device,
                              workers=workers, what="features for the kNN")
-        return x, dataset.labels[rows]
+        return x.to(device), dataset.labels[rows]
 
     train_x, train_y = sample(splits.train, splits.train_rows, KNN_TRAIN)
     val_x, val_y = sample(splits.val, splits.val_rows, KNN_VAL)
     if not len(train_x):
         return {}
-    width = encoder.backbone.feature_dim
-    return {
-        "knn_backbone": knn_accuracy(train_x[:, :width], train_y, val_x[:, :width], val_y,
-                                     device=device),
-        "knn_head": knn_accuracy(train_x[:, width:], train_y, val_x[:, width:], val_y,
-                                 device=device),
-    }
+    found = {"knn_backbone": knn_accuracy(train_x, train_y, val_x, val_y, device=device)}
+    train_z, val_z = encoder.head(train_x), encoder.head(val_x)
+    found["knn_head"] = knn_accuracy(train_z, train_y, val_z, val_y, device=device)
+    return found
 
 
 def online_own_view(encoder, dataset, rows, image_size, *, device, workers):
@@ -459,8 +411,7 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
     "linear_top1": ("linear probe %", "higher: one plane a class tells the classes apart"),
     "augmented_top1": ("linear, augmented %", "higher: [Small]'s protocol, lr 30 in steps"),
     "knn": ("kNN %", "higher: near images are of the same class; nothing is trained"),
-    "best_nn": ("best-NN % (Euclidean)", "higher: its k is chosen on val, which flatters"),
-    "best_nn_unit": ("best-NN % (unit length)", "the same on features of length 1"),
+    "best_nn": ("best-NN %", "higher: Euclidean; its k is chosen on val, which flatters"),
     "over_clustering": ("over-clustering", "lower: classes lie together; 1: they do not show"),
     "effective_rank": ("effective rank", "higher: more directions are used; 1: collapsed"),
     "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
@@ -474,59 +425,43 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
     "intra_class": ("intra-class distance", "lower among networks of one recipe; across recipes "
                                             "[Small]'s better networks have higher ones"),
     "inter_class": ("inter-class distance", "higher: classes lie apart"),
-    "near_duplicates": ("images with a near-copy", "another image ten times as near as is usual; "
-                                                   "lineval.json names them"),
 }
 TABLE = ("linear_top1", "augmented_top1", "knn", "over_clustering", "effective_rank", "own_view")
-TABLE_UNLABELLED = ("effective_rank", "own_view", "others_farther_from_view", "alignment",
-                    "uniformity", "spread", "near_duplicates")
 
 
-def evaluate(net, splits, job, title):
-    """All measures of one frozen network -> namespace of report, train_x, val_x, pairs; on all
-    processes but the first None."""
+def measure(net, splits, job, title):
+    """All measures of one frozen network -> dict, features of training and validation images;
+    on all processes but the first the dict is empty."""
     net.eval()                # or batch norm would adapt to the images of the evaluation
-    options = dict(device=job.device, workers=job.workers)
-    x, views, chosen, labels = {}, {}, {}, {}
-    for part in ("train", "val"):
-        dataset, rows = getattr(splits, part), getattr(splits, part + "_rows")
-        labels[part] = dataset.labels[rows] if splits.names else torch.full((len(rows),), -1)
-        chosen[part] = choose(labels[part], job.per_class, job.seed)
-        x[part] = extract_features(net, dataset, job.image_size, rows=rows, **options,
-                                   what=f"features of {title}, {part}")
-        views[part] = view_features(net, dataset, job.image_size, rows=rows[chosen[part]],
-                                    seed=job.seed, **options, what=f"views for {title}, {part}")
-    if job.rank:
-        return None
-    report = dict(val_images=len(x["val"]))
+    size, options = job.image_size, job.options
+    train_y, val_y = splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]
+    chosen = choose(val_y, 50 if splits.names else 1000, job.seed)
+    train_x = extract_features(net, splits.train, size, rows=splits.train_rows, **options,
+                               what=f"features of {title}, training images")
+    val_x = extract_features(net, splits.val, size, rows=splits.val_rows, **options,
+                             what=f"features of {title}, validation images")
+    view1, view2 = view_features(net, splits.val, size, rows=splits.val_rows[chosen],
+                                 seed=job.seed, **options)
+    if job.rank > 0:
+        return {}, train_x, val_x
+    report = dict(val_images=len(val_x))
     if splits.names:
-        both = x["train"], labels["train"], x["val"], labels["val"]
-        for name, value in linear_probe(*both, seed=job.seed, device=job.device).items():
-            report["linear_" + name] = value
+        both = train_x, train_y, val_x, val_y
+        probe = linear_probe(*both, seed=job.seed, device=job.device)
+        report |= {f"linear_{name}": value for name, value in probe.items()}
         report["knn"] = knn_accuracy(*both, device=job.device)
         report["best_nn"], report["best_nn_k"] = best_nn(*both, device=job.device)
-        report["best_nn_unit"], _ = best_nn(unit(x["train"]), labels["train"], unit(x["val"]),
-                                            labels["val"], device=job.device)
-    spaces = {}
-    for part in ("train", "val"):
-        mine = chosen[part]
-        spaces[part] = representation_space(x[part][mine], *views[part], labels[part][mine])
-    report |= spaces["val"] | {"train": spaces["train"]}
-    pairs = []
-    if not splits.names:
-        pairs = near_duplicates(x["train"], device=job.device, seed=job.seed)
-        report["near_duplicates"] = len(pairs)
-    return SimpleNamespace(report=report, train_x=x["train"], val_x=x["val"], pairs=pairs)
+        if job.protocol == "augmented":
+            report["augmented_top1"] = augmented_probe(net, splits, val_x, size, seed=job.seed,
+                                                       **options)
+    report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
+    return report, train_x, val_x
 
 
-def choose(labels, per_class, seed, unlabelled=1000):
-    """Keyed rows (M,) for the measures of the space: `per_class` of each class, or some of all."""
+def choose(labels, most, seed):
+    """Keyed rows for the measures of the space: at most `most` of each class."""
     order = data.permutation(len(labels), data.SAMPLE, seed, 4)
-    chosen = []
-    for c in labels.unique().tolist():
-        most = per_class if c >= 0 else unlabelled
-        chosen.append(order[labels[order] == c][:most])
-    return torch.cat(chosen)
+    return torch.cat([order[labels[order] == c][:most] for c in labels.unique()])
 
 
 def standard_error(share, n):
@@ -535,72 +470,52 @@ def standard_error(share, n):
 
 
 def verdict(trained, random, log=()):
-    """One sentence on a network beside its random twin: their reports, and the run's log (rows
-    of floats). The first rule that fits:
+    """One sentence on a network beside its random twin: their reports, and the run's log.
 
-    collapsed: effective rank below 2 or undefined, or the head's spread in the log below 0.1.
-    no better than random: the linear probe (without labels: own view found, and the share of
-        other images farther than it) is not two standard errors of the difference above the
-        random network's. The second share has the power where images are all of few kinds.
-    still rising: the log's own view, or kNN, or else 1 - loss / chance, whichever has at least 3
-        values, has gained more than 0.01 in its last third.
-    done: otherwise. Without a log neither of the last two is claimed.
+    better: the linear probe (without labels: own view found, or the share of other images that
+    are farther) is two standard errors of the difference above the random network's.
+    still rising: the log's kNN, or own view found, gained over 0.01 in its last third.
     """
-    spreads = [row["spread"] for row in log if "spread" in row]
-    if trained.get("effective_rank", 1) < 2 or (spreads and spreads[-1] < 0.1):
+    if trained.get("effective_rank", 1) < 2 or (log and log[-1].get("spread", 1) < 0.1):
         return "collapsed: all images have nearly the same features"
-    better = False
-    names, images = ["own_view", "others_farther_from_view"], "view_images"
+    names, n = ["own_view", "others_farther_from_view"], trained["view_images"]
     if "linear_top1" in trained:
-        names, images = ["linear_top1"], "val_images"
-    for name in names:
-        n = trained[images]
-        error = math.hypot(standard_error(trained[name], n), standard_error(random[name], n))
-        better = better or trained[name] > random[name] + 2 * error
-    if not better:
+        names, n = ["linear_top1"], trained["val_images"]
+    errors = [math.hypot(standard_error(trained[name], n), standard_error(random[name], n))
+              for name in names]
+    if not any(trained[name] > random[name] + 2 * error for name, error in zip(names, errors)):
         return f"no better than random: {MEASURES[names[0]][0][:-2]} is within two standard errors"
-    histories = [
-        [row["own_view"] for row in log if "own_view" in row],
-        [row["knn_backbone"] for row in log if "knn_backbone" in row],
-        [1 - row["loss"] / row["chance"] for row in log],
-    ]
-    long = [history for history in histories if len(history) >= 3]
-    if not long:
-        return "learnt something: clearly better than random; no log says whether it still rises"
-    history = long[0]
+    history = [row[name] for row in log for name in ("knn_backbone", "own_view") if name in row]
+    if len(history) < 3:
+        return "learnt something: clearly better than random"
     if history[-1] - history[len(history) * 2 // 3 - 1] > 0.01:
         return "learnt something and still rising: more epochs would most likely help"
     return "done: clearly better than random, and the last third of the run added nothing"
 
 
 def read_log(path):
-    """log.csv -> a list of {column: float}, without empty cells; [] where there is none."""
-    try:
-        with open(path, newline="") as file:
-            return [{name: float(cell) for name, cell in row.items() if cell}
-                    for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        return []             # a log is only a report
+    """log.csv -> a list of {column: float}, without empty cells."""
+    with open(path, newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell}
+                for row in csv.DictReader(file)]
 
 
 def print_table(columns, names):
     """columns {title: report}, side by side; a share with its standard error."""
-    say(f"{'':25s}" + "".join(f"{title:>{max(16, len(title) + 2)}s}" for title in columns))
+    width = max(14, *map(len, columns)) + 2
+    say(f"\n{'':25s}" + "".join(title.rjust(width) for title in columns))
     for name in names:
         title, reading = MEASURES[name]
-        if not any(name in report for report in columns.values()):
-            continue
-        line = f"{title:25s}"
-        for heading, report in columns.items():
-            cell = f"{report[name]:.3f}" if name in report else "-"
-            if name == "near_duplicates":
-                cell = str(report[name])
-            if title.split(" (")[0].endswith("%") and name in report:
+        cells = []
+        for report in columns.values():
+            value = report.get(name, math.nan)
+            cell = f"{value:.3f}"
+            if title.endswith("%"):
                 n = report["view_images" if "view" in name else "val_images"]
-                error = standard_error(report[name], n)
-                cell = f"{100 * report[name]:.1f} ± {100 * error:.1f}"
-            line += f"{cell:>{max(16, len(heading) + 2)}s}"
-        say(f"{line}   {reading}")
+                cell = f"{100 * value:.1f} ± {100 * standard_error(value, n):.1f}"
+            cells.append(cell.rjust(width) if name in report else "-".rjust(width))
+        if any(name in report for report in columns.values()):
+            say(f"{title:25s}{''.join(cells)}   {reading}")
 
 
 # ------------------------------------------------- datasets and weights
@@ -636,8 +551,7 @@ def in_turn(name, load):
 
 
 def load_splits(name, seed, train, classes, labelled):
-    if train is None:
-        train = data.load_dataset(name, "train", classes)
+    train = train or data.load_dataset(name, "train", classes)
     val = data.load_dataset(name, "val", classes) if data.has_val(name) else train
     least = 0 if labelled else -1                                        # -1 is no label
     train_rows = (train.labels >= least).nonzero().flatten()
@@ -647,7 +561,10 @@ def load_splits(name, seed, train, classes, labelled):
         order = train_rows[data.permutation(len(train_rows), data.HOLD_OUT, seed)]
         held_out = round(HELD_OUT * len(order))
         val_rows, train_rows = order[:held_out].sort().values, order[held_out:].sort().values
-        note = f"no val split: {len(val_rows)} of {len(order)} images held out, keyed by the seed"
+        note = f"; no val split, so {held_out} of {len(order)} images held out, keyed by the seed"
+    if min(len(train_rows), len(val_rows)) < 2:
+        raise UserError(f"{name} has {len(train_rows)} training and {len(val_rows)} validation "
+                        f"images{' in class folders' * labelled}: at least 2 of each are needed")
     return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows,
                            names=train.classes if labelled else [], note=note)
 
@@ -657,45 +574,31 @@ def labelled_splits(name, seed=0, train=None, classes=True):
     note. Without a val split a keyed fifth of train is held out. `train`: the dataset, if loaded
     already. Raises UserError for fewer than two classes."""
     splits = load_splits(name, seed, train, classes, labelled=True)
-    count = len(splits.train.labels[splits.train_rows].unique())
-    if count < 2 or len(splits.val.labels[splits.val_rows].unique()) < 2:
-        found = f"{count} class{'es' * (count != 1)}" if len(splits.train_rows) else "no labels"
-        raise UserError(f"{name} has {found} for {len(splits.train_rows)} training and "
-                        f"{len(splits.val_rows)} validation images: classes need at least 2 "
-                        f"folders in each")
+    for dataset, rows in ((splits.train, splits.train_rows), (splits.val, splits.val_rows)):
+        if len(dataset.labels[rows].unique()) < 2:
+            raise UserError(f"{name} has one class: at least 2 folders are needed in each split")
     return splits
 
 
 def unlabelled_splits(name, seed=0, train=None):
     """The same without labels: all rows, names []."""
-    splits = load_splits(name, seed, train, classes=False, labelled=False)
-    if len(splits.val_rows) < 2 or len(splits.train_rows) < 2:
-        raise UserError(f"{name} has {len(splits.train_rows)} training and {len(splits.val_rows)} "
-                        f"validation images: at least 2 of each are needed")
-    return splits
+    return load_splits(name, seed, train, classes=False, labelled=False)
 
 
 def load_file(path):
     """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist, or is no file: pass the path of a checkpoint")
     if str(path).endswith(".safetensors"):
-        raise UserError(f"{path} is a safetensors file: load it with that package and save the "
-                        f"state dict by torch.save")
+        raise UserError(f"{path} is a safetensors file: save its state dict by torch.save first")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise ValueError("a checksum is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: pass the path of a checkpoint") from None
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("its checksum is wrong")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:     # truncated, a pickle with code, garbage: torch raises many types
         raise UserError(f"{path} cannot be loaded ({type(error).__name__}: damaged, or not plain "
-                        f"weights): use another copy, or start afresh with --restart if it is a "
-                        f"run's last.pt") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict: save "
-                        f"model.state_dict()")
-    return content
+                        f"weights) and was not run: use another copy, or start afresh with "
+                        f"--restart if it is a run's last.pt") from None
 
 
 def load_weights(backbone, path, encoder="query"):
@@ -703,14 +606,14 @@ def load_weights(backbone, path, encoder="query"):
     (`encoder`: query or key). Raises UserError for what does not fit."""
     weights = load_file(path)
     part = "key_encoder" if encoder == "key" else "encoder"
-    if "settings" in weights and part in weights:
+    if part in weights:
         weights = {name.removeprefix("backbone."): value for name, value in weights[part].items()
                    if name.startswith("backbone.")}
-    weights = {str(name): value for name, value in weights.items()
+    weights = {name: value for name, value in weights.items()
                if not str(name).startswith(FINAL_LAYERS)}
     for name, value in weights.items():
-        if torch.is_tensor(value) and value.isnan().any():
-            raise UserError(f"{path} holds NaN in {name}: the training that made it diverged")
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite: use another copy")
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
@@ -723,68 +626,57 @@ def load_weights(backbone, path, encoder="query"):
 # ------------------------------------------------- pictures
 
 BLUE, ORANGE, GRAY = (40, 100, 220), (240, 140, 20), (150, 150, 150)
-COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
-          (140, 86, 75), (227, 119, 194), (90, 90, 90), (188, 189, 34), (23, 190, 207),
-          (0, 0, 120), (255, 190, 130))
+COLORS = [f"hsl({hue}, 80%, 42%)" for hue in range(0, 360, 30)]
 
 
-def draw_curve(log_csv, png, width=600, height=170):
+def canvas(width, height, title=""):
+    """A white image and a pen, with a line of text at the top."""
+    image = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(14)
+    pen.text((6, 6), title, "black")
+    return image, pen
+
+
+def panel(pen, box, title, points):
+    """Draw the frame of a diagram -> its points (N, 2), scaled into box (left, top, right,
+    bottom)."""
+    left, top, right, bottom = box
+    pen.text((left, top - 20), title, "black")
+    pen.rectangle(box, outline=GRAY)
+    low, high = points.amin(0), points.amax(0)
+    share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
+    return torch.tensor([left, bottom]) + share * torch.tensor([right - left, top - bottom])
+
+
+CHANCES = {"loss": "chance", "knn_backbone": "", "own_view": "", "same_class": "same_class_chance"}
+
+
+def draw_curve(log_csv, png):
     """The log as a picture: loss, kNN or own view found, neighbours of the same class."""
     rows = read_log(log_csv)
-    panels = []
-    for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
-                         ("same_class", "same_class_chance")):
+    names = [name for name in CHANCES if any(name in row for row in rows)]
+    image, pen = canvas(600, 30 + 170 * len(names))
+    for number, name in enumerate(names):
         points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            panels.append((name, points, [row[chance] for row in rows if chance in row]))
-    image = Image.new("RGB", (width, height * max(1, len(panels)) + 30), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    last = max([row["step"] for row in rows], default=1)
-    left, right = 60, width - 20
-    for number, (name, points, chances) in enumerate(panels):
-        top = number * height + 28
-        bottom = top + height - 36
-        values = [value for _, value in points] + chances[-1:]
-        margin = 0.08 * (max(values) - min(values)) or 0.05
-        low, high = min(values) - margin, max(values) + margin
-
-        def place(step, value):
-            up = (value - low) / (high - low)
-            return left + (right - left) * step / last, bottom - (bottom - top) * up
-
-        title = name.replace("_", " ") + (", gray: chance" if chances else "")
-        pen.text((left, top - 22), title, "black", font)
-        pen.rectangle((left, top, right, bottom), outline=GRAY)
-        for value in (low + margin, (low + high) / 2, high - margin):
-            x, y = place(0, value)
-            pen.text((x - 6, y), f"{value:.2f}", "black", font, anchor="rm")
-        if chances:
-            pen.line([place(0, chances[-1]), place(last, chances[-1])], GRAY, 2)
-        if len(points) > 1:
-            pen.line([place(*point) for point in points], BLUE, 2)
-        x, y = place(*points[-1])
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), BLUE)
-    for share in (0, 0.5, 1):
-        x = left + (right - left) * share
-        pen.text((x, image.height - 14), f"{share * last:,.0f}", "black", font, anchor="mm")
-    pen.text((6, image.height - 14), "step", "black", font, anchor="lm")
+        chance = [(row["step"], row[CHANCES[name]]) for row in rows if CHANCES[name] in row]
+        (first, start), (last, end) = points[0], points[-1]
+        title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
+        top = 28 + 170 * number
+        places = panel(pen, (20, top, 580, top + 140), title, torch.tensor(chance + points))
+        places = [tuple(place) for place in places.tolist()]
+        pen.line(places[:len(chance)], GRAY, 2)
+        pen.line(places[len(chance):], BLUE, 2)
+        u, v = places[-1]
+        pen.ellipse((u - 3, v - 3, u + 3, v + 3), BLUE)
     with data.writing(png):
         image.save(png)
 
 
 def draw_rows(path, title, queries, query_rows, others, other_rows):
-    """A line of pictures for each query: itself, then `other_rows` (Q, M) of `others`. Blue frame
-    and a tick: the same class; orange: another; gray: no label."""
-    theirs, own = others.labels[other_rows], queries.labels[query_rows][:, None]
-    known = (theirs >= 0) & (own >= 0)
-    same = known & (theirs == own)
-    image = Image.new("RGB", (168 + 72 * other_rows.shape[1], 28 + 76 * len(query_rows)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    if known.any():
-        shares = torch.bincount(others.labels[others.labels >= 0]).double()
-        chance = (shares / shares.sum()).square().sum()
-        title += f": {same.sum() / known.sum():.0%} of its class (chance {chance:.0%})"
-    pen.text((6, 6), title, "black", font)
+    """A line of pictures for each query: itself, then `other_rows` (Q, M) of `others`. Blue frame:
+    the same class; orange: another; gray: no label."""
+    image, pen = canvas(168 + 72 * other_rows.shape[1], 28 + 76 * len(query_rows), title)
 
     def paste(dataset, row, frame, x, y):                                # 64 px, framed by 4
         picture, _, _ = data.CenterView(dataset, 64)[row]
@@ -793,218 +685,130 @@ def draw_rows(path, title, queries, query_rows, others, other_rows):
     for i, row in enumerate(query_rows.tolist()):
         y, label = 28 + 76 * i, queries.labels[row]
         if label >= 0:
-            pen.text((4, y + 28), queries.classes[label][:11], "black", font)
+            pen.text((4, y + 28), queries.classes[label][:11], "black")
         paste(queries, row, GRAY, 90, y)
         for j, other in enumerate(other_rows[i].tolist()):
-            x = 168 + 72 * j
-            frame = ORANGE if known[i, j] else GRAY
-            paste(others, other, BLUE if same[i, j] else frame, x, y)
-            if same[i, j]:
-                pen.rectangle((x + 50, y + 52, x + 70, y + 70), BLUE)
-                pen.line([(x + 53, y + 61), (x + 58, y + 66), (x + 67, y + 56)], "white", 3)
+            theirs = others.labels[other]
+            frame = BLUE if theirs == label else ORANGE
+            paste(others, other, frame if min(theirs, label) >= 0 else GRAY, 168 + 72 * j, y)
     image.save(path)
 
 
 @torch.no_grad()
-def draw_soft_positives(path, run, settings, dataset, seed, queries=10, count=8):
-    """From last.pt: some images, and the keys in the queue that would get their smoothing."""
-    if dataset.fingerprint != settings["dataset"]:                       # the queue's are others
-        raise UserError("these are not the images of pretraining")
-    state = load_file(run / "last.pt")
+def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
+    """Some images, and the keys in last.pt's queue that would get their smoothing."""
+    settings, queue = state["settings"], state["queue"]
     size = settings["image_size"]
     encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], size <= data.SMALL)
     encoder.load_state_dict(state["encoder"])
-    real = state["queue"]["index"] >= 0
-    if not real.any():
-        raise UserError("the queue holds no image's key yet")
+    real = queue["index"] >= 0
     picks = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
-    images = torch.cat(list(center_batches(dataset, picks, size, "cpu", 0, queries)))
-    _, near = neighbors(encoder.eval()(images), state["queue"]["keys"][real], count)
+    images = torch.cat(list(center_batches(dataset, picks, size)))
+    _, near = neighbors(encoder.eval()(images), queue["keys"][real], count)
     draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
-              state["queue"]["index"][real][near])
+              queue["index"][real][near])
 
 
 def draw_map(path, panels, labels, names, side=420):
     """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, 12 at
     most, each class's name at its centroid."""
-    image = Image.new("RGB", (len(panels) * side, side + 28), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    shown = labels.unique()[:len(COLORS)].tolist()
+    image, pen = canvas(len(panels) * side, side + 28)
     for number, (title, features) in enumerate(panels.items()):
         x = unit(features)
         x = x - x.mean(0)
         plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T    # (N, 2)
-        low, high = plane.amin(0), plane.amax(0)
-        plane = 14 + (side - 28) * (plane - low) / (high - low).clamp(min=1e-12)
-        plane += torch.tensor([number * side, 28])
-        pen.text((number * side + 8, 6), title, "black", font)
-        pen.rectangle((number * side, 28, (number + 1) * side - 2, side + 26), outline=GRAY)
-        for c, color in zip(shown, COLORS):
-            for u, v in plane[labels == c].tolist():
+        left = number * side
+        places = panel(pen, (left, 28, left + side - 2, side + 26), title, plane)
+        shown = list(zip(labels.unique().tolist(), COLORS))
+        for c, color in shown:
+            for u, v in places[labels == c].tolist():
                 pen.ellipse((u - 2, v - 2, u + 2, v + 2), color)
-        for c in shown:
-            u, v = plane[labels == c].mean(0).tolist()
-            pen.text((u, v), names[c][:16], "black", font, anchor="mm", stroke_width=2,
+        for c, _ in shown:
+            center = tuple(places[labels == c].mean(0).tolist())
+            pen.text(center, names[c][:16], "black", anchor="mm", stroke_width=2,
                      stroke_fill="white")
     image.save(path)
 
 
-# ------------------------------------------------- one job after the other
+# ------------------------------------------------- one run after the other
 
-def place(name):
-    """A dataset's name, or its folder's one path from the root."""
-    return name if name in data.NAMES else os.path.realpath(name)
-
-
-def read_job(flags, run):
-    """What to evaluate: a run's settings, or for bare --weights the flags -> namespace."""
-    job = SimpleNamespace(**vars(flags), run=run, settings=None, folder=flags.out)
-    if run is None:
-        if not flags.arch:
-            raise UserError(f"--weights {flags.weights} needs --arch: one of {', '.join(ARCHS)}")
-        job.title, job.data = Path(flags.weights).name, job.data or "shapes"
-        if job.image_size is None:
-            dataset = in_turn(job.data, lambda: data.load_dataset(job.data, "train"))
-            job.image_size = data.default_image_size(dataset)
-        job.small_images = job.image_size <= data.SMALL
-        return job
-    try:
-        settings = job.settings = json.loads((run / "args.json").read_text())
-        job.arch, job.small_images = settings["arch"], settings["image_size"] <= data.SMALL
-        job.pretrained_on = place(settings["data"]), settings["dataset"]
-        if not flags.data:
-            job.data, job.classes = settings["data"], flags.classes or settings.get("classes")
-        job.image_size = flags.image_size or settings["image_size"]
-    except OSError:
+def read_job(args, run):
+    """What to evaluate: the flags, completed by the settings of a run, if it is one."""
+    settings = dict(arch=args.arch, data="shapes", classes=None, image_size=None, dataset=None)
+    if run and not (run / "args.json").exists():
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as "
-                        f"runs/...") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}/args.json is damaged ({error}): restore it, or pretrain again with "
-                        f"--restart") from None
-    if flags.arch not in (None, job.arch):
-        raise UserError(f"--arch {flags.arch}: {run} holds a {job.arch}; leave the flag out")
-    job.weights = run / ("last.pt" if flags.encoder == "key" else "backbone.pt")
-    job.title, job.folder = str(run), flags.out or run
+                        f"runs/...")
+    if run:
+        settings = json.loads((run / "args.json").read_text())
+    elif not args.arch:
+        raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
+    job = SimpleNamespace(**vars(args), run=run, settings=settings)
+    job.title, job.folder = str(run or args.weights), args.out or run
+    job.arch = args.arch or settings["arch"]
+    job.weights = args.weights or run / ("last.pt" if args.encoder == "key" else "backbone.pt")
+    job.data = args.data or settings["data"]
+    if job.data == settings["data"]:
+        job.classes = args.classes or settings["classes"]
+    job.image_size = args.image_size or settings["image_size"]
     return job
 
 
-def splits_of(job):
-    """The dataset's splits: with its labels, if it has any."""
-    train = in_turn(job.data, lambda: data.load_dataset(job.data, "train", job.classes != "none"))
-    known = train.labels[train.labels >= 0].unique()
-    if job.classes == "none" or len(known) < 2:
-        return unlabelled_splits(job.data, job.seed)
-    return labelled_splits(job.data, job.seed, train)
-
-
-def suffix(job, train):
-    """What tells a report on other data, of the key encoder, or at another size from the run's
-    own: the end of its file's name."""
-    if job.run is None:
-        return ""
-    words = []
-    if (place(job.data), train.fingerprint) != job.pretrained_on:
-        words.append(train.name)
-    if job.encoder == "key":
-        words.append("key")
-    if job.image_size != job.settings["image_size"]:
-        words.append(f"{job.image_size}px")
-    return "".join("-" + word for word in words)
-
-
 def evaluate_job(job):
-    """Measure a network and its random twin -> namespace of all that is to be printed, written
-    and drawn; on all processes but the first None."""
-    started = time.monotonic()
-    splits = splits_of(job)
-    name = suffix(job, splits.train)
-    torch.manual_seed(job.seed)
-    random = build_backbone(job.arch, job.small_images)
-    net = build_backbone(job.arch, job.small_images)
-    load_weights(net, job.weights, job.encoder)
-    random = random.to(job.device, memory_format=torch.channels_last)
-    net = net.to(job.device, memory_format=torch.channels_last)
-    labels = splits.val.labels[splits.val_rows]
-    about = "without labels"
-    if splits.names:
-        majority = torch.bincount(labels).max() / len(labels)
-        about = f"{len(splits.names)} classes, the largest {majority:.1%} of validation"
+    """Measure a network and its random twin -> report (a dict for lineval.json), and for the
+    pictures the splits and {network: features of training and of validation images}."""
+    train = in_turn(job.data, lambda: data.load_dataset(job.data, "train", job.classes != "none"))
+    if len(train.labels[train.labels >= 0].unique()) < 2:
+        splits, about = unlabelled_splits(job.data, job.seed, train), "without labels"
+    else:
+        splits = labelled_splits(job.data, job.seed, train)
+        share = torch.bincount(splits.val.labels[splits.val_rows]).max() / len(splits.val_rows)
+        about = f"{len(splits.names)} classes, the largest {share:.1%} of validation"
+    job.image_size = job.image_size or data.default_image_size(train)
     say(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data} at {job.image_size} px: "
-        f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}")
-    if splits.note:
-        say(f"  {splits.note}")
+        f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}"
+        f"{splits.note}")
 
-    estimate_batch_norm(random, splits.train, splits.train_rows, job.image_size, seed=job.seed,
-                        device=job.device, workers=job.workers)
-    twin = evaluate(random, splits, job, "random weights")
-    trained = evaluate(net, splits, job, "the network")
-    if job.rank:
-        return None
-    if job.protocol == "augmented" and splits.names:
-        trained.report["augmented_top1"] = augmented_probe(
-            net, splits, trained.val_x, job.image_size, epochs=job.epochs, seed=job.seed,
-            device=job.device, workers=job.workers)
-    if job.features:
-        write_features(job.features, splits, trained)
-    log = read_log(job.run / "log.csv") if job.run else []
-    content = dict(run=job.title, data=place(job.data), encoder=job.encoder, seed=job.seed,
-                   image_size=job.image_size, note=splits.note, pretrained=trained.report,
-                   verdict=verdict(trained.report, twin.report, log), random=twin.report,
-                   train_images=len(splits.train_rows), val_images=len(splits.val_rows),
-                   near_duplicates=file_pairs(splits, trained.pairs),
-                   seconds=time.monotonic() - started)
-    picks = data.permutation(len(labels), data.SAMPLE, job.seed, 2)
-    _, near = neighbors(trained.val_x[picks[:10]], trained.train_x, 8, device=job.device)
-    few = picks[:2000]
-    return SimpleNamespace(job=job, name=name, splits=splits, content=content, picks=picks[:10],
-                           near=near, labels=labels[few], panels={
-                               "random weights": twin.val_x[few], "pretrained": trained.val_x[few]})
+    torch.manual_seed(job.seed)
+    small = (job.settings["image_size"] or job.image_size) <= data.SMALL
+    nets = {name: build_backbone(job.arch, small).to(job.device, memory_format=torch.channels_last)
+            for name in ("random", "pretrained")}
+    load_weights(nets["pretrained"], job.weights, job.encoder)
+    estimate_batch_norm(nets["random"], splits.train, splits.train_rows, job.image_size,
+                        seed=job.seed, **job.options)
+    report = dict(run=job.title, data=job.data, encoder=job.encoder, seed=job.seed,
+                  image_size=job.image_size, train_images=len(splits.train_rows))
+    features = {}
+    for name, net in nets.items():
+        report[name], *features[name] = measure(net, splits, job, f"the {name} network")
+    if job.rank == 0:
+        log = read_log(job.run / "log.csv") if job.run else []
+        report["verdict"] = verdict(report["pretrained"], report["random"], log)
+    return report, splits, features
 
 
-def file_name(dataset, row):
-    return dataset.path(row) or f"{dataset.name}/{row}"
-
-
-def file_pairs(splits, pairs, most=100):
-    rows = splits.train_rows[pairs[:most]] if len(pairs) else []
-    return [[file_name(splits.train, int(row)) for row in pair] for pair in rows]
-
-
-def write_features(path, splits, trained):
-    """features (N, F), files (N,), labels (N,), split (N,): training, then validation images."""
-    rows = [(splits.train, row) for row in splits.train_rows.tolist()]
-    rows += [(splits.val, row) for row in splits.val_rows.tolist()]
-    with data.writing(path), open(path, "wb") as file:
-        np.savez(file, features=torch.cat([trained.train_x, trained.val_x]).numpy(),
-                 files=[file_name(dataset, row) for dataset, row in rows],
-                 labels=[int(dataset.labels[row]) for dataset, row in rows],
-                 split=["train"] * len(splits.train_rows) + ["val"] * len(splits.val_rows))
-
-
-def write_job(done):
-    """Report and pictures into the job's folder."""
-    job, splits, name = done.job, done.splits, done.name
-    if job.folder is None:
-        return
-    folder = Path(job.folder)
+def write_job(job, report, splits, features):
+    """Report and pictures into the job's folder: NAME-OTHER-key.* beside those of the run."""
+    folder, settings = Path(job.folder), job.settings
+    end = "" if job.data == settings["data"] else f"-{splits.train.name}"
+    end += "-key" if job.encoder == "key" else ""
+    picks = data.permutation(len(splits.val_rows), data.SAMPLE, job.seed, 2)
+    few, many = picks[:10], picks[:2000]
+    train_x, val_x = features["pretrained"]
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"lineval{name}.json").write_text(json.dumps(done.content, indent=1) + "\n")
-        draw_rows(folder / f"neighbors{name}.png", "an image, then the nearest training images",
-                  splits.val, splits.val_rows[done.picks], splits.train,
-                  splits.train_rows[done.near])
-        written = [f"lineval{name}.json", f"neighbors{name}.png"]
+        (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
+        _, near = neighbors(val_x[few], train_x, 8, device=job.device)
+        draw_rows(folder / f"neighbors{end}.png", "an image, then the nearest training images",
+                  splits.val, splits.val_rows[few], splits.train, splits.train_rows[near])
         if splits.names:
-            draw_map(folder / f"map{name}.png", done.panels, done.labels, splits.names)
-            written.append(f"map{name}.png")
-        if job.run and not name:
-            try:
-                draw_soft_positives(folder / "soft_positives.png", job.run, job.settings,
-                                    splits.train, job.seed)
-                written.append("soft_positives.png")
-            except UserError as error:                                   # no last.pt: no matter
-                say(f"no soft_positives.png: {error}")
-    say(f"written into {folder}: {', '.join(written)}")
+            panels = {title: val_x[many] for title, (_, val_x) in features.items()}
+            labels = splits.val.labels[splits.val_rows[many]]
+            draw_map(folder / f"map{end}.png", panels, labels, splits.names)
+        # The queue's keys are of the images of pretraining.
+        if splits.train.fingerprint == settings["dataset"] and (job.run / "last.pt").exists():
+            draw_soft_positives(folder / "soft_positives.png", load_file(job.run / "last.pt"),
+                                splits.train, job.seed)
+    say(f"written into {folder}: lineval{end}.json and pictures")
 
 
 def read_flags(argv):
@@ -1015,65 +819,57 @@ def read_flags(argv):
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
     add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
-    add("--data", "--labels", help="evaluate on another dataset than the run's own")
+    add("--data", help="evaluate on another dataset than the run's own")
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
-    add("--all", action="store_true", help="print all measures, of train too")
+    add("--all", action="store_true", help="print all measures")
     add("--protocol", default="cached", choices=("cached", "augmented"),
         help="augmented: [Small]'s linear protocol, 100 epochs, too")
-    add("--epochs", type=int, default=100, help="of the augmented protocol")
-    add("--features", metavar="FILE.npz", help="write features, file names and labels")
     add("--out", metavar="FOLDER", help="of report and pictures (default: the run's)")
     add("--image-size", type=int)
-    add("--per-class", type=int, default=50, help="images a class for the space's measures")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=data.default_workers())
-    flags = parser.parse_args(argv)
-    for name, least in (("epochs", 1), ("per_class", 2), ("image_size", 8), ("workers", 0),
-                        ("seed", 0)):
-        value = getattr(flags, name)
+    args = parser.parse_args(argv)
+    for name, least in {"image_size": 8, "workers": 0, "seed": 0}.items():
+        value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if len(flags.runs) > 1 and (flags.out or flags.features):
-        raise UserError("--out and --features take one run at a time")
-    return flags
+    if len(args.runs) > 1 and args.out:
+        raise UserError("--out takes one run at a time")
+    return args
 
 
 def main(argv=None):
-    flags = read_flags(argv)
+    args = read_flags(argv)
     torch.set_flush_denormal(True)
-    flags.rank, flags.device = int(os.environ.get("RANK", 0)), own_device()
+    args.rank, args.device = int(os.environ.get("RANK", 0)), own_device()
+    args.options = dict(device=args.device, workers=args.workers)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if flags.device.type == "cuda" else "gloo"
+        backend = "nccl" if args.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))      # while the first measures
-    runs = [None] if flags.weights else [Path(run) for run in flags.runs]
+    runs = [None] if args.weights else [Path(run) for run in args.runs]
     if not runs:
-        runs = [path.parent for path in Path("runs").glob("*/backbone.pt")]
-        runs = sorted(runs, key=lambda run: (run / "backbone.pt").stat().st_mtime)[-1:]
-        if not runs:
+        files = sorted(Path("runs").glob("*/backbone.pt"), key=os.path.getmtime)
+        if not files:
             raise UserError("no run in runs/ has finished an epoch: start with python pretrain.py, "
                             "or pass --weights")
-    jobs = [read_job(flags, run) for run in runs]
-    finished = [evaluate_job(job) for job in jobs]
-    if flags.rank == 0:
+        runs = [files[-1].parent]
+    jobs = [read_job(args, run) for run in runs]
+    results = [evaluate_job(job) for job in jobs]
+    if args.rank == 0:
         columns = {}
-        for job, done in zip(jobs, finished):
-            random_title, title = "random weights", "pretrained"
-            if len(jobs) > 1:
-                random_title = f"random {job.arch}, {Path(job.data).name}"
-                title = job.title
-            columns.setdefault(random_title, done.content["random"])
-            columns[title] = done.content["pretrained"]
-        labelled = any("knn" in report for report in columns.values())
-        say()
-        print_table(columns, MEASURES if flags.all else TABLE if labelled else TABLE_UNLABELLED)
-        if flags.all:
-            say("\nfeatures of training images")
-            print_table({title: report["train"] for title, report in columns.items()}, MEASURES)
-        for job, done in zip(jobs, finished):
-            say(f"{job.title}: {done.content['verdict']}")
-        for done in finished:
-            write_job(done)
+        for job, (report, *_) in zip(jobs, results):
+            title, twin = job.title, f"random {job.arch}, {Path(job.data).name}"
+            if len(jobs) == 1:
+                title, twin = "pretrained", "random weights"
+            columns.setdefault(twin, report["random"])
+            columns[title] = report["pretrained"]
+        labelled = any("knn" in column for column in columns.values())
+        print_table(columns, TABLE if labelled and not args.all else MEASURES)
+        for job, result in zip(jobs, results):
+            say(f"{job.title}: {result[0]['verdict']}")
+            if job.folder:
+                write_job(job, *result)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

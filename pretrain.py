@@ -445,11 +445,17 @@ def knn_report(args, encoder, splits, done, per_epoch, batches):
     average_buffers(encoder)
     encoder.eval()
     options = dict(device=next(encoder.parameters()).device, workers=args.workers)
-    if splits.names:
-        found = lineval.online_knn(encoder, splits, args.image_size, args.seed, **options)
-    else:
-        rows = splits.val_rows[:1000]
-        found = lineval.online_own_view(encoder, splits.val, rows, args.image_size, **options)
+    try:
+        if splits.names:
+            found = lineval.online_knn(encoder, splits, args.image_size, args.seed, **options)
+        else:
+            rows = splits.val_rows[:1000]
+            found = lineval.online_own_view(encoder, splits.val, rows, args.image_size, **options)
+    except UserError as error:                 # an image of val, say: training can go on
+        if dist.is_initialized():
+            raise
+        say(f"no kNN this time: {data.last_line(error)}")
+        found = {}
     encoder.train()
     batches.start += time.perf_counter() - began                     # images/s is of training
     return found
@@ -903,8 +909,8 @@ class StopSignals:
         self.asked, self.before = 0, {}
         names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if wanted else ()
         for name in names:
-            if hasattr(signal, name):          # Windows has two of them
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)                     # Windows has two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:     # as nohup wants it
                 self.before[number] = signal.signal(number, self.handle)
 
     def handle(self, number, _):
@@ -952,6 +958,7 @@ def main(argv=None):
 
 def run(argv=None):
     """`main`, with what somebody did wrong as one line and no traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")                # file names may be anything
     try:
         sys.exit(main(argv))
     except UserError as error:

@@ -4,11 +4,10 @@ import math
 import shutil
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_of, one_line_error, run_script, torchrun
+from conftest import error_of, one_line_error, run_script, torchrun, write_images
 from PIL import Image
 
 import data
@@ -21,17 +20,6 @@ def cloud(n=50, dim=6, classes=3, seed=0):
     labels = torch.randint(0, classes, (n,), generator=g)
     shift = labels[:, None] * torch.linspace(0, 0.8, dim)
     return torch.randn(n, dim, generator=g) + shift, labels
-
-
-def write_tree(folder, count, classes=("a", "b", "c"), splits=("train", "val"), size=32):
-    """PNGs of shapes in folder/split/class; classes=("",) puts them into the split itself."""
-    for number, split in enumerate(splits):
-        drawn = data.draw_shapes(count, 100 + number, size)
-        for i, picture in enumerate(drawn.pictures):
-            where = folder / split / classes[int(drawn.labels[i]) % len(classes)]
-            where.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(where / f"{i:04d}.png")
-    return folder
 
 
 def test_knn_is_the_weighted_vote():
@@ -67,7 +55,7 @@ def test_best_nn_is_the_best_odd_k_of_the_plain_vote():
 @pytest.mark.parametrize("euclidean", (False, True))
 def test_neighbours_do_not_depend_on_the_chunks(euclidean):
     (x, _), (v, _) = cloud(300), cloud(70, seed=1)
-    values, rows = lineval.neighbors(v, x, 9, euclidean=euclidean, step=16, block=50)
+    values, rows = lineval.neighbors(v, x, 9, euclidean=euclidean, most=5000)
     similarity = F.normalize(v, dim=1) @ F.normalize(x, dim=1).T
     if euclidean:
         similarity = -(v[:, None] - x).square().sum(2).sqrt()
@@ -97,7 +85,7 @@ def test_linear_probe_reaches_the_optimum_of_the_convex_problem():
     assert objective(flat) - 1e-12 <= ours <= (1 + 1e-5) * objective(flat)
 
 
-def test_probe_chooses_on_held_out_training_rows_and_never_looks_at_val():
+def test_probe_chooses_on_held_out_training_rows_and_never_looks_at_val(monkeypatch, capsys):
     (x, y), (vx, vy) = cloud(300, seed=3), cloud(200, seed=4)
     a = lineval.linear_probe(x, y, vx, vy)
     b = lineval.linear_probe(x, y, vx[:10], (vy[:10] + 1) % 3)
@@ -106,6 +94,9 @@ def test_probe_chooses_on_held_out_training_rows_and_never_looks_at_val():
     assert a["top1"] > 0.45 and a["rows"] == 300
     blind = lineval.linear_probe(x, torch.arange(300) % 8, vx, torch.arange(200) % 8)
     assert blind["top1"] < 0.3
+    monkeypatch.setattr(lineval, "MOST_NUMBERS", 600)                    # of 6 a row
+    assert lineval.linear_probe(x, y, vx, vy)["rows"] == 100
+    assert "100 of 300" in capsys.readouterr().out
 
 
 def test_probe_is_blind_to_scale_and_offset_even_when_features_are_tiny():
@@ -113,17 +104,9 @@ def test_probe_is_blind_to_scale_and_offset_even_when_features_are_tiny():
     plain = lineval.linear_probe(x, y, vx, vy, decays=(1e-4,))["top1"]
     tiny = lineval.linear_probe(x * 1e-9, y, vx * 1e-9, vy, decays=(1e-4,))["top1"]
     assert abs(tiny - plain) <= 0.01
-    constant, of_val = torch.full((300, 1), 7.0), torch.full((200, 1), 7.0)
-    with_constant = lineval.linear_probe(torch.cat([x, constant], 1), y,
-                                         torch.cat([vx, of_val], 1), vy, decays=(1e-4,))["top1"]
-    assert abs(with_constant - plain) <= 0.05
-
-
-def test_probe_of_too_many_numbers_takes_a_part_and_says_so(monkeypatch, capsys):
-    (x, y), (vx, vy) = cloud(300, seed=3), cloud(200, seed=4)
-    monkeypatch.setitem(lineval.MOST_NUMBERS, "cpu", 600)
-    assert lineval.linear_probe(x, y, vx, vy)["rows"] == 100
-    assert "100 of 300" in capsys.readouterr().out
+    padded = lineval.linear_probe(F.pad(x, (0, 1), value=7.0), y, F.pad(vx, (0, 1), value=7.0), vy,
+                                  decays=(1e-4,))["top1"]                # by a constant feature
+    assert abs(padded - plain) <= 0.05
 
 
 def test_augmented_protocol_trains_on_fresh_crops():
@@ -201,67 +184,50 @@ def test_what_is_undefined_is_left_out():
         assert lineval.verdict(same, same).startswith("collapsed")
 
 
-def test_near_duplicates_are_found():
-    x, _ = cloud(100, dim=20)
-    x[70], x[30] = 2 * x[7], x[3] + 0.001
-    pairs = lineval.near_duplicates(x).tolist()
-    assert {tuple(sorted(pair)) for pair in pairs} == {(7, 70), (3, 30)}
-
-
 def report(rank=30.0, own=0.5, farther=0.9, **more):
     return dict(effective_rank=rank, own_view=own, others_farther_from_view=farther,
                 view_images=1000, val_images=1000) | more
 
 
 def test_verdict_on_made_cases():
-    random = report(own=0.2, farther=0.6)
-    flat = [dict(loss=5.0 - min(i, 5), chance=8.0, spread=0.9) for i in range(12)]
-    rising = [dict(loss=7.0 - 0.3 * i, chance=8.0, spread=0.9) for i in range(12)]
+    random = report(own=0.2, farther=0.6, linear_top1=0.4)
+    flat = [dict(spread=0.9, knn_backbone=min(i, 3) / 10) for i in range(9)]
+    rising = [dict(spread=0.9, own_view=i / 10) for i in range(9)]
     for trained, log, word in (
         (report(rank=1.5), [], "collapsed"),
-        (report(), [dict(spread=0.01, loss=8, chance=8)], "collapsed"),
+        (report(), [dict(spread=0.01)], "collapsed"),
         (report(own=0.21, farther=0.61), flat, "no better than random"),
         (report(own=0.2, farther=0.7), flat, "done"),
         (report(linear_top1=0.4), flat, "no better than random"),
         (report(linear_top1=0.5), flat, "done"),
         (report(), rising, "learnt something and still rising"),
-        (report(), flat, "done"),
-        (report(), rising + [dict(own_view=0.5, loss=1, chance=8)] * 3, "done"),
         (report(), [], "learnt something: "),
     ):
-        assert lineval.verdict(trained, random | {"linear_top1": 0.4}, log).startswith(word), word
+        assert lineval.verdict(trained, random, log).startswith(word), word
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("tree") / "images", 96)
-
-
-def test_features_are_the_networks_in_order_and_it_stays_as_it_was(tree):
-    dataset = data.load_dataset(str(tree), "val")
+def test_features_are_the_networks_in_order(images):
+    dataset = data.load_dataset(str(images), "val")
     net = build_backbone("mobilenetv3_small", True).eval()
     rows = torch.tensor([7, 0, 33])
-    before = {name: value.clone() for name, value in net.state_dict().items()}
     features = lineval.extract_features(net, dataset, 32, rows=rows, batch_size=2)
     with torch.no_grad():
         expected = net(data.normalize(torch.stack([dataset[int(i)][0] for i in rows])))
     torch.testing.assert_close(features, expected, atol=1e-6, rtol=1e-4)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_random_baseline_sees_the_mean_of_the_datas_statistics(tree):
-    dataset = data.load_dataset(str(tree), "train")
+def test_random_baseline_sees_the_datas_statistics(images):
+    dataset = data.load_dataset(str(images), "train")
     net = build_backbone("resnet18", True)
-    lineval.estimate_batch_norm(net, dataset, torch.arange(96), 32, batches=2, batch_size=48)
-    order = data.permutation(96, data.SAMPLE, 0, 1)
-    images = data.normalize(torch.stack([dataset[int(i)][0] for i in order]))
-    x = F.conv2d(images, net.conv1.weight, padding=1)
+    lineval.estimate_batch_norm(net, dataset, torch.arange(96), 32)
+    batch = data.normalize(torch.stack([dataset[i][0] for i in range(96)]))
+    x = F.conv2d(batch, net.conv1.weight, padding=1)
     torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
-    assert not net.training and net.bn1.momentum == 0.1
+    assert net.bn1.momentum == 0.1
 
 
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
-    write_tree(tmp_path, 60, splits=("pictures",))
+    write_images(tmp_path, 60, splits=("pictures",))
     for find in (lineval.labelled_splits, lineval.unlabelled_splits):
         a, b, c = (find(str(tmp_path / "pictures"), seed) for seed in (0, 0, 1))
         assert len(a.val_rows) == 12 and "12 of 60" in a.note
@@ -269,9 +235,9 @@ def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
         assert torch.equal(a.val_rows, b.val_rows) and not torch.equal(a.val_rows, c.val_rows)
 
 
-def test_while_training(tree):
+def test_while_training(images):
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True).eval()
-    splits = lineval.labelled_splits(str(tree))
+    splits = lineval.labelled_splits(str(images))
     options = dict(device=torch.device("cpu"), workers=0)
     found = lineval.online_knn(encoder, splits, 32, 0, **options)
     assert found.keys() == {"knn_backbone", "knn_head"} and 0 < found["knn_head"] <= 1
@@ -289,20 +255,20 @@ def test_one_process_downloads_while_the_others_wait(monkeypatch):
     assert done == ["load", "wait", "wait", "load", "load"]
 
 
-FLAGS = ["--workers", "0", "--per-class", "5"]
+FLAGS = ["--workers", "0"]
 LOG = "step,loss,chance,spread,knn_backbone,own_view,same_class,same_class_chance\n" + "".join(
     f"{10 * i},{5 - i},6,0.9,{0.5 if i % 2 else ''},,0.4,0.3\n" for i in range(1, 5))
 
 
 @pytest.fixture(scope="module")
-def run(tree, tmp_path_factory):
+def run(images, tmp_path_factory):
     """A run folder as pretrain.py leaves it."""
     folder = tmp_path_factory.mktemp("work") / "runs" / "tiny"
     folder.mkdir(parents=True)
     torch.manual_seed(1)
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True)
-    dataset = data.load_dataset(str(tree), "train")
-    settings = dict(arch="mobilenetv3_small", data=str(tree), dataset=dataset.fingerprint, dim=16,
+    dataset = data.load_dataset(str(images), "train")
+    settings = dict(arch="mobilenetv3_small", data=str(images), dataset=dataset.fingerprint, dim=16,
                     hidden_dim=32, image_size=32, classes="folders", seed=0)
     (folder / "args.json").write_text(json.dumps(settings))
     (folder / "log.csv").write_text(LOG)
@@ -313,9 +279,9 @@ def run(tree, tmp_path_factory):
     return folder
 
 
-def test_report_pictures_and_json(run, tree, tmp_path):
+def test_report_pictures_and_json(run, images, tmp_path):
     folder = shutil.copytree(run, tmp_path / "runs" / "tiny")
-    result = run_script("lineval.py", *FLAGS, "--features", "f.npz", cwd=tmp_path)     # the newest
+    result = run_script("lineval.py", *FLAGS, cwd=tmp_path)     # the newest
     assert result.returncode == 0, result.stderr
     output, found = result.stdout, json.loads((folder / "lineval.json").read_text())
     for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "random weights",
@@ -325,22 +291,18 @@ def test_report_pictures_and_json(run, tree, tmp_path):
     assert f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / 96):.1f}" in output
     assert output.index("linear probe %") < output.index("written into")
     assert found["verdict"] in output
-    assert "best-NN" not in output and "best_nn" in found["random"] and found["random"]["train"]
+    assert "best-NN" not in output and "best_nn" in found["random"]
     for name in ("neighbors.png", "map.png", "soft_positives.png"):
         with Image.open(folder / name) as image:
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20     # not blank
-    with np.load(tmp_path / "f.npz") as saved:
-        assert saved["features"].shape == (192, 1024) and saved["split"][96] == "val"
-        assert saved["files"][0].startswith(str(tree)) and set(saved["labels"]) == {0, 1, 2}
 
 
 def test_several_runs_other_data_and_the_key_encoder(run, tmp_path, capsys):
-    other = write_tree(tmp_path / "other", 40, classes=("x", "y"))
+    other = write_images(tmp_path / "other", 40, classes=("x", "y"))
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     lineval.main([str(run), str(run), "--encoder", "key", "--all", "--data", str(other), *FLAGS])
     output = capsys.readouterr().out
-    for words in ("2 classes", "key encoder", "random mobilenetv3_small, other", "best-NN",
-                  "features of training images"):
+    for words in ("2 classes", "key encoder", "random mobilenetv3_small, other", "best-NN"):
         assert words in output
     assert before.items() <= {file.name: file.read_bytes() for file in run.iterdir()}.items()
     assert json.loads((run / "lineval-other-key.json").read_text())["data"] == str(other)
@@ -351,12 +313,11 @@ def test_several_runs_other_data_and_the_key_encoder(run, tmp_path, capsys):
 def test_without_labels(run, tmp_path, capsys, hidden):
     """A tree without classes, or one whose folders are said to be none."""
     folders = ("a", "b") if hidden else ("",)
-    where = write_tree(tmp_path / "photos", 40, folders, splits=("",))
+    where = write_images(tmp_path / "photos", 40, folders, splits=("",))
     flags = ["--classes", "none"] if hidden else []
     lineval.main([str(run), "--data", str(where), "--out", str(tmp_path / "out"), *flags, *FLAGS])
     output = capsys.readouterr().out
-    for words in ("without labels", "8 of 40 images held out", "effective rank", "uniformity",
-                  "near-copy"):
+    for words in ("without labels", "8 of 40 images held out", "effective rank", "uniformity"):
         assert words in output, output
     assert "kNN" not in output
     found = json.loads((tmp_path / "out" / "lineval-photos.json").read_text())
@@ -364,18 +325,16 @@ def test_without_labels(run, tmp_path, capsys, hidden):
     assert (tmp_path / "out" / "neighbors-photos.png").exists()
 
 
-def test_bare_weights_of_torchvision(tree, tmp_path, capsys):
+def test_bare_weights_of_torchvision(images, tmp_path, capsys, monkeypatch):
     from torchvision.models import resnet18
     weights = resnet18().state_dict()
-    # torch 0.4 had no counters of batches.
-    old = {name: value for name, value in weights.items() if "num_batches" not in name}
     torch.save(weights, tmp_path / "w.pt")
-    torch.save(old, tmp_path / "old.pt")
-    lineval.main(["--weights", str(tmp_path / "w.pt"), "--arch", "resnet18", "--data", str(tree),
-                  "--image-size", "72", "--protocol", "augmented", "--epochs", "1", *FLAGS])
+    monkeypatch.setattr(lineval, "augmented_probe", partial(lineval.augmented_probe, epochs=1))
+    lineval.main(["--weights", str(tmp_path / "w.pt"), "--arch", "resnet18", "--data", str(images),
+                  "--image-size", "72", "--protocol", "augmented", *FLAGS])
     assert "linear, augmented %" in capsys.readouterr().out
     backbone = build_backbone("resnet18")
-    lineval.load_weights(backbone, tmp_path / "old.pt")
+    lineval.load_weights(backbone, tmp_path / "w.pt")
     assert torch.equal(backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
 
 
@@ -387,18 +346,16 @@ def test_two_processes_report_the_same(run, tmp_path):
         result = start("lineval.py", "run", *FLAGS, cwd=tmp_path)
         assert result.returncode == 0 and result.stdout.count("linear probe %") == 1, result.stderr
         reports.append(json.loads((tmp_path / "run" / "lineval.json").read_text()))
-        reports[-1].pop("seconds")
     assert reports[0] == reports[1]
 
 
 def test_curve(tmp_path):
-    (tmp_path / "log.csv").write_text(LOG)
-    lineval.draw_curve(tmp_path / "log.csv", tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert image.width == 600 and image.height > 500                 # three panels
-        assert lineval.BLUE in [color for _, color in image.getcolors(10_000)]
-    (tmp_path / "log.csv").write_text("")
-    lineval.draw_curve(tmp_path / "log.csv", tmp_path / "curve.png")     # a log without rows
+    for log in (LOG, "step,loss\n1,5\n", ""):                            # one row, and none
+        (tmp_path / "log.csv").write_text(log)
+        lineval.draw_curve(tmp_path / "log.csv", tmp_path / "curve.png")
+        with Image.open(tmp_path / "curve.png") as image:
+            colors = [color for _, color in image.getcolors(10_000)]
+            assert (lineval.BLUE in colors) == bool(log)
 
 
 def test_frames_tell_classes(tmp_path):
@@ -412,38 +369,28 @@ def test_frames_tell_classes(tmp_path):
     assert frames == [lineval.BLUE, lineval.ORANGE, lineval.GRAY]
 
 
-def test_bad_input_is_one_line(run, tree, tmp_path, capsys, monkeypatch):
-    write_tree(tmp_path / "lonely", 5, splits=("train",))
-    write_tree(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
+def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "lonely", 5, splits=("train",))
+    write_images(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.pt").write_bytes(b"garbage")
-    (tmp_path / "w.safetensors").write_bytes(b"x")
     torch.save([1, 2], tmp_path / "list.pt")
-    weights = build_backbone("resnet18").state_dict()
-    torch.save(weights, tmp_path / "resnet18.pt")
-    flipped = bytearray((tmp_path / "resnet18.pt").read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    weights["conv1.weight"][0] = math.nan
-    torch.save(weights, tmp_path / "nan.pt")
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "resnet18.pt").read_bytes()[:10 ** 6])
     monkeypatch.chdir(tmp_path)
-    bare = ["--arch", "resnet18", "--data", str(tree), "--image-size", "72", "--weights"]
+    bare = ["--arch", "resnet18", "--data", str(images), "--image-size", "72", "--weights"]
     for argv, words in (
         ([], ["python pretrain.py"]),
         (["nowhere"], ["nowhere", "args.json"]),
-        ([str(run), "--labels", "empty"], ["no images"]),
-        ([str(run), "--data", "lonely"], ["1 validation images", "2 folders"]),
-        ([str(run), "--arch", "resnet18"], ["resnet18", "mobilenetv3_small"]),
+        ([str(run), "--data", "empty"], ["no images"]),
+        ([str(run), "--data", "lonely"], ["1 validation images", "at least 2"]),
         ([str(run), "--image-size", "4"], ["--image-size 4", "at least 8"]),
-        ([str(run), "--workers", "-1"], ["--workers -1", "at least 0"]),
         (["--weights", "bad.pt"], ["--arch"]),
         (["--arch", "vit"], ["vit", "resnet18"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
-        ([*bare, "flipped.pt"], ["flipped.pt", "cannot be loaded"]),
-        ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),
-        ([*bare, "list.pt"], ["list.pt", "a list"]),
-        ([*bare, "nan.pt"], ["nan.pt", "NaN in conv1.weight"]),
-        ([*bare, "w.safetensors"], ["safetensors"]),
+        ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
+        ([*bare, "gone.pt"], ["gone.pt", "missing"]),
+        ([*bare, "list.pt"], ["list.pt", "state dict"]),
         ([*bare, "resnet18.pt", "--arch", "resnet50"], ["resnet18.pt", "does not fit", "timm"]),
     ):
         line = error_of(lineval.main, argv, capsys)

@@ -8,9 +8,10 @@ A query q (one view) has a positive key k (the other view of the same image) and
     p      = softmax(logits)
     loss   = - sum_j target_j log p_j                          the mean over the N queries
 
-InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But a view may be a bad crop,
-and among K keys some show the query's own kind of thing. [Light] (arXiv 2212.07158) therefore
-softens the target: 1 - s on the positive, and s shared by the negatives most similar to q.
+InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But among K keys some show the
+query's own kind of thing, and are pushed away; and a view may be a bad crop, which does not deserve
+the whole target. [Light] (arXiv 2212.07158) therefore softens it: 1 - s on the positive, and s
+shared by the negatives most similar to q.
 Since log p_j = logit_j - logsumexp(logits) and the target sums to 1, this is
 
     loss = logsumexp(logits) - (1 - s) logit_positive - s sum_j w_j logit_(j)

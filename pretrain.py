@@ -87,7 +87,8 @@ def scale_to(images, args):
 
     The key encoder remembers 1 / (1 - momentum) steps: too many for a short run, whose network
     has moved on by then. So its memory is the square root of the run's steps (MoCo's 0.999 is that
-    for a million), and the queue is as old as a tenth of this memory, so that its keys agree.
+    for a million), and the queue is as old as a tenth of this memory, so that its keys agree. A run
+    of 10,000 steps remembers 100 (momentum 0.99), and its queue holds the keys of 10 steps.
     """
     if args.data == "shapes":
         scale = dict(batch_size=128, epochs=8, warmup_epochs=0.5, lr=0.06, temperature=0.2,
@@ -133,7 +134,8 @@ class KeyQueue:
 
 @torch.no_grad()
 def ema_update(encoder, key_encoder, m):
-    """key = m * key + (1 - m) * query, for the parameters; buffers come from own forwards."""
+    """key = m * key + (1 - m) * query, for the parameters. The running statistics of batch norm
+    are no parameters: the key encoder, in training mode, takes its own."""
     torch._foreach_lerp_(list(key_encoder.parameters()), list(encoder.parameters()), 1 - m)
 
 
@@ -141,12 +143,14 @@ def ema_update(encoder, key_encoder, m):
 def encode_keys(key_encoder, view, order):
     """This process's views (n, 3, S, S) -> keys (N, D) of the whole global batch, in its order.
 
-    Batch norm would let a query recognise its key if both were normalised in the same company. So
-    the slices of the key batch are cut from `order`, a permutation (N,) of the global batch.
+    Batch norm mixes into every output the mean of the images it was normalised with. Negatives
+    come from earlier batches: were query and key normalised in the same company, only the positive
+    would carry the query's mean, and be found by that instead of by its content. So the slices of
+    the key batch are cut from `order`, a permutation (N,) of the global batch.
     """
     views = gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)     # stays channels_last
-    mine = own_part(order)                                           # (n,)
-    keys = gather(key_encoder(views[mine]))                          # (N, D), permuted
+    shuffled = own_part(order)                                       # (n,) rows to encode here
+    keys = gather(key_encoder(views[shuffled]))                      # (N, D), permuted
     return keys[order.argsort()]
 
 
@@ -193,7 +197,7 @@ def pretrain(args, stop):
 
     # -- the two encoders, the queue, the optimizer
     torch.manual_seed(args.seed)
-    slice_size = args.batch_size // args.bn_splits
+    slice_size = args.batch_size // args.bn_splits       # batch norm sees so many images at once
     encoder = Encoder(args.arch, args.dim, args.hidden_dim, args.image_size <= data.SMALL,
                       slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
@@ -258,8 +262,8 @@ def pretrain(args, stop):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        ema_update(encoder, key_encoder, args.key_momentum)          # k = m k + (1 - m) q
-        neighbors = queue.index[info["neighbors"]]                   # whose keys they are
+        ema_update(encoder, key_encoder, args.key_momentum)          # key = m key + (1 - m) query
+        neighbors = queue.index[info["neighbors"]]                   # images, before keys move on
         queue.enqueue(torch.cat(keys), gather(index).repeat(len(keys)))
         finite *= loss.isfinite()
 

@@ -104,15 +104,16 @@ def pull_of_a_duplicate(smoothing):
 def test_a_duplicate_is_pushed_away_less_and_at_one_half_not_at_all(smoothing, positive, duplicate):
     """A false negative: the queue holds a key that is as near to the query as its positive.
 
-    InfoNCE pulls the one and pushes the other just as hard. The soft target takes the push away,
-    and at s = 1/2 treats the two alike. (A gradient below 0 pulls the query towards the key.)
+    InfoNCE pulls the one and pushes the other nearly as hard. The soft target takes the push away,
+    and at s = 1/2, all of it on one neighbour, treats the two alike. (A gradient below 0 pulls the
+    query towards the key.) Shared by 20 neighbours, s = 0.1 takes 0.005 from each push.
     """
     found = pull_of_a_duplicate(smoothing)
     assert found[0] == pytest.approx(positive, abs=0.005)
     assert found[1] == pytest.approx(duplicate, abs=0.005)
 
 
-def test_the_pull_of_the_duplicate_falls_by_the_smoothing_and_nothing_else_moves():
+def test_smoothing_moves_its_share_from_the_positive_to_the_duplicate_and_nothing_else():
     plain, soft = pull_of_a_duplicate(0.0), pull_of_a_duplicate(0.25)
     assert soft[0] - plain[0] == pytest.approx(0.25)
     assert soft[1] - plain[1] == pytest.approx(-0.25)

@@ -389,7 +389,7 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         (["--arch", "vit"], ["vit", "resnet18"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
-        ([*bare, "gone.pt"], ["gone.pt", "missing"]),
+        ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),
         ([*bare, "list.pt"], ["list.pt", "state dict"]),
         ([*bare, "resnet18.pt", "--arch", "resnet50"], ["resnet18.pt", "does not fit", "timm"]),
     ):

@@ -596,9 +596,9 @@ def load_file(path):
             raise ValueError("its checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:     # truncated, a pickle with code, garbage: torch raises many types
-        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: damaged, or no state dict "
-                        f"of plain weights) and was not run: use another copy, or start afresh "
-                        f"with --restart if it is a run's last.pt") from None
+        raise UserError(f"{path} cannot be loaded ({type(error).__name__}: damaged, or no state "
+                        f"dict of plain weights) and was not run: use another copy, or start "
+                        f"afresh with --restart if it is a run's last.pt") from None
 
 
 def load_weights(backbone, path, encoder="query"):

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 
 import data
 import pretrain
-from conftest import ROOT, TINY, environment, error_of, one_line_error, run_script, torchrun, write_images
+from conftest import TINY, environment, error_of, one_line_error, run_script, torchrun, write_images
 from models import Encoder
 from pretrain import KeyQueue, ema_update, lr_at, smoothing_at
 

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Encoder(nn.Module):
@@ -29,8 +30,8 @@ class Encoder(nn.Module):
         if hidden_dim == 0:
             self.head = nn.Linear(width, dim)
         else:
-            self.head = nn.Sequential(nn.Linear(width, hidden_dim), nn.ReLU(inplace=True),
-                                      nn.Linear(hidden_dim, dim))
+            hidden = nn.Linear(width, hidden_dim)
+            self.head = nn.Sequential(hidden, nn.ReLU(), nn.Linear(hidden_dim, dim))
         for layer in self.modules():
             if isinstance(layer, BatchNorm2d):
                 layer.slice_size = slice_size
@@ -54,12 +55,10 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     The running statistics move once a forward, towards the mean over the slices. The convolutions
     keep their full batch: on a CPU up to 2 x faster than a loop around the whole network.
+    Momentum is torch's 0.1, as in both papers' code; torchvision's 0.01 for MobileNetV3
+    lags behind.
     """
     slice_size = None
-
-    def __init__(self, channels, eps=1e-5):
-        # Momentum 0.1 as in both papers' code; torchvision's 0.01 for MobileNetV3 lags behind.
-        super().__init__(channels, eps, momentum=0.1)
 
     def forward(self, x):                                     # (N, C, H, W)
         if not self.training or self.slice_size is None:
@@ -81,15 +80,15 @@ class BatchNorm2d(nn.BatchNorm2d):
     def normalize_compiled(self, x):
         """The same as one formula over all slices: compiles in a minute, the loop in many."""
         parts = x.unflatten(0, (-1, self.slice_size))         # (slices, n, C, H, W)
-        wide = parts.to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(wide, (1, 3, 4), correction=0, keepdim=True)
-        count = wide[0].numel() / wide.shape[2]               # values a channel and slice
+        parts = parts.to(self.weight.dtype)                   # float32, also under autocast
+        var, mean = torch.var_mean(parts, (1, 3, 4), correction=0, keepdim=True)
+        count = parts[0, :, 0].numel()                        # values a channel and slice
         with torch.no_grad():
             unbiased = var * count / (count - 1)
             self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
             self.running_var.lerp_(unbiased.mean(0).flatten(), self.momentum)
         scale = (var + self.eps).rsqrt() * self.weight.view(-1, 1, 1)
-        out = wide * scale + (self.bias.view(-1, 1, 1) - mean * scale)
+        out = parts * scale + (self.bias.view(-1, 1, 1) - mean * scale)
         return out.flatten(0, 1).to(x.dtype)
 
 
@@ -100,17 +99,12 @@ def conv(c_in, c_out, kernel, stride=1):
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
 
 
-def conv_bn(convolution, act=None, eps=1e-5):
+def conv_bn(convolution, act=None):
     """Convolution, batch norm, activation."""
-    layers = [convolution, BatchNorm2d(convolution.out_channels, eps)]
+    layers = [convolution, BatchNorm2d(convolution.out_channels)]
     if act:
         layers.append(act())
     return nn.Sequential(*layers)
-
-
-def pool(x):
-    """The mean over all positions: (N, C, H, W) -> (N, C)."""
-    return x.mean((2, 3))
 
 
 class SqueezeExcite(nn.Module):
@@ -132,79 +126,70 @@ class InvertedResidual(nn.Module):
     """Expand 1x1, filter each channel k x k, squeeze-excite, project 1x1 without activation.
 
     The one block of MobileNetV3 (arXiv 1905.02244, section 3) and EfficientNet-B0 (arXiv
-    1905.11946, table 1). `squeeze_excite` is None or (squeezed channels, act, gate). There is a
-    skip connection where the shape stays the same.
+    1905.11946, table 1). `squeeze` is a SqueezeExcite or None. The input is added where the shape
+    stays the same.
     """
 
-    def __init__(self, c_in, expanded, c_out, kernel, stride, act, squeeze_excite, eps):
+    def __init__(self, c_in, expanded, c_out, kernel, stride, act, squeeze):
         super().__init__()
         layers = []
         if expanded != c_in:
-            layers.append(conv_bn(conv(c_in, expanded, 1), act, eps))
-        layers.append(conv_bn(DepthwiseConv2d(expanded, kernel, stride), act, eps))
-        if squeeze_excite:
-            layers.append(SqueezeExcite(expanded, *squeeze_excite))
-        layers.append(conv_bn(conv(expanded, c_out, 1), None, eps))
+            layers.append(conv_bn(conv(c_in, expanded, 1), act))
+        layers.append(conv_bn(DepthwiseConv2d(expanded, kernel, stride), act))
+        if squeeze:
+            layers.append(squeeze)
+        layers.append(conv_bn(conv(expanded, c_out, 1)))
         self.block = nn.Sequential(*layers)
-        self.skip = stride == 1 and c_in == c_out
 
     def forward(self, x):
         out = self.block(x)
-        return x + out if self.skip else out
+        return x + out if out.shape == x.shape else out
 
 
-def strides_of(strides, small_images):
-    """For small images the first two strides of 2 become 1: 32 px keep a map of 4 x 4."""
-    strides = list(strides)
-    if small_images:
-        for _ in range(2):
-            strides[strides.index(2)] = 1
-    return strides
+def keep_resolution(net):
+    """For small images: the first two strides of 2 become 1, and 32 px keep a map of 4 x 4."""
+    strided = [layer for layer in net.modules()
+               if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2)]
+    for layer in strided[:2]:
+        layer.stride = (1, 1)
 
 
 # ------------------------------------------------- MobileNetV3
 
+# SE: channels of the squeeze, a quarter of exp in torchvision's rounding to eights; 0: none.
 HSWISH, RELU = nn.Hardswish, nn.ReLU
 MOBILENETV3_LARGE = [     # arXiv 1905.02244, table 1
-    # k, exp,  out,  SE,    act,    s
-    (3,  16,   16,   False, RELU,   1),
-    (3,  64,   24,   False, RELU,   2),
-    (3,  72,   24,   False, RELU,   1),
-    (5,  72,   40,   True,  RELU,   2),
-    (5,  120,  40,   True,  RELU,   1),
-    (5,  120,  40,   True,  RELU,   1),
-    (3,  240,  80,   False, HSWISH, 2),
-    (3,  200,  80,   False, HSWISH, 1),
-    (3,  184,  80,   False, HSWISH, 1),
-    (3,  184,  80,   False, HSWISH, 1),
-    (3,  480,  112,  True,  HSWISH, 1),
-    (3,  672,  112,  True,  HSWISH, 1),
-    (5,  672,  160,  True,  HSWISH, 2),
-    (5,  960,  160,  True,  HSWISH, 1),
-    (5,  960,  160,  True,  HSWISH, 1),
+    # k, exp,  out,   SE,  act,    s
+    (3,   16,   16,    0,  RELU,   1),
+    (3,   64,   24,    0,  RELU,   2),
+    (3,   72,   24,    0,  RELU,   1),
+    (5,   72,   40,   24,  RELU,   2),
+    (5,  120,   40,   32,  RELU,   1),
+    (5,  120,   40,   32,  RELU,   1),
+    (3,  240,   80,    0,  HSWISH, 2),
+    (3,  200,   80,    0,  HSWISH, 1),
+    (3,  184,   80,    0,  HSWISH, 1),
+    (3,  184,   80,    0,  HSWISH, 1),
+    (3,  480,  112,  120,  HSWISH, 1),
+    (3,  672,  112,  168,  HSWISH, 1),
+    (5,  672,  160,  168,  HSWISH, 2),
+    (5,  960,  160,  240,  HSWISH, 1),
+    (5,  960,  160,  240,  HSWISH, 1),
 ]
 MOBILENETV3_SMALL = [     # arXiv 1905.02244, table 2
-    # k, exp,  out,  SE,    act,    s
-    (3,  16,   16,   True,  RELU,   2),
-    (3,  72,   24,   False, RELU,   2),
-    (3,  88,   24,   False, RELU,   1),
-    (5,  96,   40,   True,  HSWISH, 2),
-    (5,  240,  40,   True,  HSWISH, 1),
-    (5,  240,  40,   True,  HSWISH, 1),
-    (5,  120,  48,   True,  HSWISH, 1),
-    (5,  144,  48,   True,  HSWISH, 1),
-    (5,  288,  96,   True,  HSWISH, 2),
-    (5,  576,  96,   True,  HSWISH, 1),
-    (5,  576,  96,   True,  HSWISH, 1),
+    # k, exp,  out,   SE,  act,    s
+    (3,   16,   16,    8,  RELU,   2),
+    (3,   72,   24,    0,  RELU,   2),
+    (3,   88,   24,    0,  RELU,   1),
+    (5,   96,   40,   24,  HSWISH, 2),
+    (5,  240,   40,   64,  HSWISH, 1),
+    (5,  240,   40,   64,  HSWISH, 1),
+    (5,  120,   48,   32,  HSWISH, 1),
+    (5,  144,   48,   40,  HSWISH, 1),
+    (5,  288,   96,   72,  HSWISH, 2),
+    (5,  576,   96,  144,  HSWISH, 1),
+    (5,  576,   96,  144,  HSWISH, 1),
 ]
-
-
-def multiple_of_8(channels):
-    """The nearest multiple of 8, but not more than a tenth below `channels`: torchvision's rule."""
-    rounded = max(8, (channels + 4) // 8 * 8)
-    if rounded < 0.9 * channels:
-        rounded += 8
-    return rounded
 
 
 class MobileNetV3(nn.Module):
@@ -213,24 +198,28 @@ class MobileNetV3(nn.Module):
     def __init__(self, table, feature_dim, small_images=False):
         super().__init__()
         self.feature_dim = feature_dim
-        strides = strides_of([2] + [row[-1] for row in table], small_images)
-        channels, eps = 16, 1e-3
-        layers = [conv_bn(conv(3, channels, 3, strides[0]), HSWISH, eps)]
-        for (kernel, expanded, out, se, act, _), stride in zip(table, strides[1:]):
-            squeeze_excite = None
-            if se:
-                squeeze_excite = multiple_of_8(expanded // 4), RELU, nn.Hardsigmoid
-            layers.append(InvertedResidual(channels, expanded, out, kernel, stride, act,
-                                           squeeze_excite, eps))
+        channels = 16
+        layers = [conv_bn(conv(3, channels, 3, stride=2), HSWISH)]
+        for kernel, expanded, out, squeezed, act, stride in table:
+            squeeze = None
+            if squeezed:
+                squeeze = SqueezeExcite(expanded, squeezed, RELU, nn.Hardsigmoid)
+            block = InvertedResidual(channels, expanded, out, kernel, stride, act, squeeze)
+            layers.append(block)
             channels = out
-        layers.append(conv_bn(conv(channels, 6 * channels, 1), HSWISH, eps))
+        layers.append(conv_bn(conv(channels, 6 * channels, 1), HSWISH))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Linear(6 * channels, feature_dim), HSWISH())
+        for layer in self.modules():
+            if isinstance(layer, BatchNorm2d):
+                layer.eps = 1e-3     # torchvision's; elsewhere torch's 1e-5
+        if small_images:
+            keep_resolution(self)
         init_weights(self)
 
     def forward(self, x):                                     # (N, 3, H, W)
         x = self.features(x)                                  # (N, 960 or 576, H/32, W/32)
-        return self.classifier(pool(x))                       # (N, 1280 or 1024)
+        return self.classifier(x.mean((2, 3)))                # (N, 1280 or 1024)
 
 
 # ------------------------------------------------- EfficientNet-B0
@@ -249,28 +238,31 @@ EFFICIENTNET_B0 = [       # arXiv 1905.11946, table 1, stages 2 to 8
 
 class EfficientNet(nn.Module):
     """(N, 3, H, W) -> (N, 1280): stem, the table's stages, 1x1 convolution, pool."""
+    feature_dim = 1280
 
-    def __init__(self, table=EFFICIENTNET_B0, small_images=False):
+    def __init__(self, table, small_images=False):
         super().__init__()
-        self.feature_dim = 1280
-        strides = strides_of([2] + [row[2] for row in table], small_images)
+        act = nn.SiLU
         channels = 32
-        stages = [conv_bn(conv(3, channels, 3, strides[0]), nn.SiLU)]
-        for (ratio, kernel, _, out, repeats), stride in zip(table, strides[1:]):
+        stages = [conv_bn(conv(3, channels, 3, stride=2), act)]
+        for ratio, kernel, stride, out, repeats in table:
             blocks = []
             for _ in range(repeats):
+                expanded = ratio * channels
                 # The squeeze is a quarter of the block's input, not of its expanded width.
-                squeeze_excite = (channels // 4, nn.SiLU, nn.Sigmoid)
-                blocks.append(InvertedResidual(channels, ratio * channels, out, kernel, stride,
-                                               nn.SiLU, squeeze_excite, eps=1e-5))
+                squeeze = SqueezeExcite(expanded, channels // 4, act, nn.Sigmoid)
+                block = InvertedResidual(channels, expanded, out, kernel, stride, act, squeeze)
+                blocks.append(block)
                 channels, stride = out, 1
             stages.append(nn.Sequential(*blocks))
-        stages.append(conv_bn(conv(channels, self.feature_dim, 1), nn.SiLU))
+        stages.append(conv_bn(conv(channels, self.feature_dim, 1), act))
         self.features = nn.Sequential(*stages)
+        if small_images:
+            keep_resolution(self)
         init_weights(self)
 
     def forward(self, x):                                     # (N, 3, H, W)
-        return pool(self.features(x))                         # (N, 1280)
+        return self.features(x).mean((2, 3))                  # (N, 1280)
 
 
 # ------------------------------------------------- ResNet
@@ -290,10 +282,9 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
+        return F.relu(out + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -312,17 +303,16 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        out += x if self.downsample is None else self.downsample(x)
-        return F.relu(out, inplace=True)
+        return F.relu(out + self.downsample(x))
 
 
 def shortcut(c_in, c_out, stride):
-    """None where the skip is the identity, else a 1x1 convolution and batch norm."""
+    """The identity where the shape stays the same, else a 1x1 convolution and batch norm."""
     if stride == 1 and c_in == c_out:
-        return None
+        return nn.Identity()
     return conv_bn(conv(c_in, c_out, 1, stride))
 
 
@@ -331,30 +321,34 @@ class ResNet(nn.Module):
 
     def __init__(self, block, depths, small_images=False):
         super().__init__()
-        self.feature_dim = 512 * block.expansion
-        self.small_images = small_images
-        self.conv1 = conv(3, 64, 3) if small_images else conv(3, 64, 7, stride=2)
+        if small_images:
+            self.conv1 = conv(3, 64, 3)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = conv(3, 64, 7, stride=2)
+            self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         self.bn1 = BatchNorm2d(64)
-        self.channels = 64
-        self.layer1 = self.stage(block, 64, depths[0], stride=1)
-        self.layer2 = self.stage(block, 128, depths[1], stride=2)
-        self.layer3 = self.stage(block, 256, depths[2], stride=2)
-        self.layer4 = self.stage(block, 512, depths[3], stride=2)
+        channels, width, stride = 64, 64, 1
+        stages = []
+        for depth in depths:
+            blocks = []
+            for _ in range(depth):
+                blocks.append(block(channels, width, stride))
+                channels, stride = width * block.expansion, 1
+            stages.append(nn.Sequential(*blocks))
+            width, stride = 2 * width, 2
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.feature_dim = channels
         init_weights(self)
 
-    def stage(self, block, width, depth, stride):
-        blocks = []
-        for _ in range(depth):
-            blocks.append(block(self.channels, width, stride))
-            self.channels, stride = width * block.expansion, 1
-        return nn.Sequential(*blocks)
-
     def forward(self, x):                                     # (N, 3, H, W)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)     # (N, 64, H/2, W/2)
-        if not self.small_images:
-            x = F.max_pool2d(x, 3, 2, 1)                      # (N, 64, H/4, W/4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return pool(x)                                        # (N, 512 or 2048)
+        x = F.relu(self.bn1(self.conv1(x)))                   # (N, 64, H/2, W/2)
+        x = self.maxpool(x)                                   # (N, 64, H/4, W/4)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)                                    # (N, 512 or 2048, H/32, W/32)
+        return x.mean((2, 3))
 
 
 # ------------------------------------------------- all six
@@ -362,7 +356,7 @@ class ResNet(nn.Module):
 ARCHS = {
     "mobilenetv3_large": partial(MobileNetV3, MOBILENETV3_LARGE, 1280),
     "mobilenetv3_small": partial(MobileNetV3, MOBILENETV3_SMALL, 1024),
-    "efficientnet_b0": EfficientNet,
+    "efficientnet_b0": partial(EfficientNet, EFFICIENTNET_B0),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
@@ -383,57 +377,52 @@ def build_backbone(arch, small_images=False):
 def init_weights(net):
     """torchvision's: convolutions normal with variance 2 / fan_out (arXiv 1502.01852), linear
     layers (MobileNetV3's) with deviation 0.01, biases zero."""
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        elif isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, 0, 0.01)
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for name, weight in net.named_parameters():
+        if weight.ndim == 4:
+            nn.init.kaiming_normal_(weight, mode="fan_out")
+        elif weight.ndim == 2:
+            nn.init.normal_(weight, 0, 0.01)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
 
 
 @torch.no_grad()
 def multiply_adds(net, size=224):
     """Multiplications in the convolutions and linear layers for one `size` x `size` image."""
-    counts = []
-
-    def count(layer, _, out):
-        # Each value of the output is one dot product with weight[0].
-        counts.append(layer.weight[0].numel() * out.numel())
-
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    net.eval()(torch.zeros(1, 3, size, size, device=next(net.parameters()).device))
-    return sum(counts)
+    like = next(net.parameters())
+    counter = FlopCounterMode(display=False)
+    with counter:
+        net.eval()(like.new_zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2                     # it counts the additions too
 
 
 def print_table():
-    """The six networks with a layer for 1000 classes, at 224 px, next to torchvision's figures."""
+    """All networks with a layer for 1000 classes, at 224 px, next to torchvision's figures."""
     documented = {
-        "mobilenetv3_large": (5.48, 0.22),
-        "mobilenetv3_small": (2.54, 0.06),
-        "efficientnet_b0": (5.29, 0.39),
-        "resnet18": (11.69, 1.81),
-        "resnet34": (21.80, 3.66),
-        "resnet50": (25.56, 4.09),
+        "mobilenetv3_large": "5.48, 0.22",
+        "mobilenetv3_small": "2.54, 0.06",
+        "efficientnet_b0": "5.29, 0.39",
+        "resnet18": "11.69, 1.81",
+        "resnet34": "21.80, 3.66",
+        "resnet50": "25.56, 4.09",
     }
-    print("with a 1000-class layer, at 224 px      parameters (M)         multiply-adds (G)")
-    print(f"{'arch':20s}{'feature dim':>12s}" + f"{'ours':>12s}{'torchvision':>13s}" * 2)
-    for arch, (parameters, madds) in documented.items():
-        net = build_backbone(arch).to("meta")
-        layer = 1000 * net.feature_dim
-        our_parameters = (sum(p.numel() for p in net.parameters()) + layer + 1000) / 1e6
-        our_madds = (multiply_adds(net) + layer) / 1e9
-        print(f"{arch:20s}{net.feature_dim:12d}{our_parameters:12.2f}{parameters:13.2f}"
-              f"{our_madds:12.2f}{madds:13.2f}")
+    print("with a 1000-class layer, at 224 px")
+    print("arch                 feature dim  parameters (M)  multiply-adds (G)  torchvision's")
+    for arch in ARCHS:
+        net = build_backbone(arch)
+        whole = nn.Sequential(net, nn.Linear(net.feature_dim, 1000)).to("meta")
+        parameters = sum(p.numel() for p in whole.parameters()) / 1e6
+        madds = multiply_adds(whole) / 1e9
+        print(f"{arch:20s}{net.feature_dim:12d}{parameters:16.2f}{madds:19.2f}"
+              f"{documented.get(arch, ''):>15s}")
 
 
 # ------------------------------------------------- faster on a CPU, equal in value
 #
 # What it buys: a whole training step of MobileNetV3-Small at 32 px takes 1.4 x as long without
 # it. torch's own weight gradient of a depthwise convolution is slow where the map is narrower
-# than the kernel (30 forwards long), and in bf16. A GPU and evaluation never come here.
+# than the kernel (30 forwards long), and in bf16. A GPU, or a forward without gradient, never
+# comes here.
 
 class DepthwiseConv2d(nn.Conv2d):
     """One k x k filter a channel."""
@@ -443,8 +432,7 @@ class DepthwiseConv2d(nn.Conv2d):
                          bias=False)
 
     def forward(self, x):                                     # (N, C, H, W)
-        wants_gradient = self.training and torch.is_grad_enabled()
-        if x.device.type != "cpu" or not wants_gradient:
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             x = x.to(self.weight.dtype)
@@ -469,20 +457,16 @@ class NarrowDepthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):                              # (N, C, H, W)
         x, weight = ctx.saved_tensors
-        n, c, h, w = x.shape
+        _, c, h, w = x.shape
         k = weight.shape[2]
         for_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, padding=k // 2, groups=c)
-        inputs = x.permute(1, 2, 3, 0).reshape(c, h * w, n)
-        outputs = gradient.permute(1, 0, 2, 3).reshape(c, n, h * w)
-        pairs = (inputs @ outputs).flatten(1)                 # (C, HW * HW): input, output
-        down = torch.arange(h)[:, None] - torch.arange(h) + k // 2       # the tap's row (H, H)
-        right = torch.arange(w)[:, None] - torch.arange(w) + k // 2      # its column (W, W)
-        down, right = down[:, None, :, None], right[None, :, None, :]    # (H, W, H, W) together
-        inside = (down >= 0) & (down < k) & (right >= 0) & (right < k)
-        tap = torch.where(inside, down * k + right, k * k).flatten()
-        of_tap = F.one_hot(tap, k * k + 1)[:, :-1].to(x.dtype)           # (HW * HW, k * k)
+        pairs = torch.einsum("nci,nco->cio", x.flatten(2), gradient.flatten(2))   # (C, HW, HW)
+        # Images with a single 1 show which tap connects which input and output position.
+        units = torch.eye(h * w, dtype=x.dtype).view(-1, 1, h, w)
+        taps = F.unfold(units, k, padding=k // 2)             # (HW, k * k, HW), ones and zeros
+        sums = torch.einsum("cio,ito->ct", pairs, taps)       # t: the tap
         # With the strides of the weight, or DistributedDataParallel warns.
-        for_weight = torch.empty_like(weight).copy_((pairs @ of_tap).view_as(weight))
+        for_weight = torch.empty_like(weight).copy_(sums.view_as(weight))
         return for_x, for_weight
 
 

@@ -110,6 +110,34 @@ def test_slices_are_normalised_on_their_own_and_statistics_move_once_to_the_mean
     torch.testing.assert_close(sliced.eval()(x), F.batch_norm(x, sliced.running_mean, sliced.running_var))
 
 
+def test_the_compiled_formula_is_the_loop_over_slices():
+    torch.manual_seed(0)
+    x = (torch.randn(12, 5, 4, 4, dtype=torch.float64) * 3 + 1).requires_grad_()
+    upstream = torch.randn_like(x)
+    loop, formula = BatchNorm2d(5).double(), BatchNorm2d(5).double()
+    results = []
+    for layer, forward in ((loop, loop), (formula, torch.compile(formula, backend="eager", fullgraph=True))):
+        layer.slice_size = 4
+        nn.init.constant_(layer.weight, 0.7), nn.init.constant_(layer.bias, 0.2)
+        out = forward(x)
+        results.append([out, *torch.autograd.grad(out, (x, layer.weight, layer.bias), upstream), *layer.buffers()])
+    assert not torch.equal(results[0][0], results[1][0])      # else both went one way
+    torch.testing.assert_close(*results)
+
+
+def test_a_new_network_is_one_line_and_a_foreign_batch_norm_is_refused_with_slices(monkeypatch):
+    class Foreign(nn.Sequential):
+        feature_dim = 4
+
+    def build(small_images):
+        return Foreign(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    monkeypatch.setitem(ARCHS, "foreign", build)
+    assert Encoder("foreign", dim=8, hidden_dim=0)(torch.randn(2, 3, 8, 8)).shape == (2, 8)
+    with pytest.raises(ValueError, match="BatchNorm2d knows no slices"):
+        Encoder("foreign", slice_size=2)
+
+
 @pytest.mark.parametrize("hidden", [0, 24])
 def test_encoder_gives_unit_rows_and_its_slices_do_not_see_each_other(hidden):
     torch.manual_seed(0)

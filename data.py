@@ -85,6 +85,7 @@ def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
 # The columns of params (N, 8), and the 24 orders in which the four colour steps may come.
 FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDERING, GRAY, SIGMA = range(8)
 ORDERINGS = torch.tensor(list(itertools.permutations(range(4))))          # (24, 4)
+UNCHANGED = torch.tensor([[0.0, 1, 1, 1, 0, 0, 0, 0]])                    # nothing but normalised
 
 
 class TwoViews:
@@ -154,7 +155,7 @@ def draw_params(rng, jitter, jitter_p, gray_p, blur_p):
 
 
 def collate(items):
-    """List of items -> crops (2, N, 3, S, S), params (2, N, 8), index (N,)."""
+    """List of items -> crops (V, N, 3, S, S), params (V, N, 8), index (N,); V views an item."""
     crops, params, index = zip(*items)
     return torch.stack(crops, dim=1), torch.stack(params, dim=1), torch.tensor(index)
 
@@ -252,9 +253,8 @@ def gaussian_blur(x, sigma):
 # ------------------------------------------------- the view for evaluation
 
 class CenterView:
-    """Item index -> (3, S, S) uint8, label, index: the short side to 256/224 of S, central crop.
-
-    S <= 64: a plain resize.
+    """Item index -> crops (1, 3, S, S) uint8, params (1, 8) that change nothing, index: the short
+    side to 256/224 of S, then the central S x S. S <= 64: a plain resize.
     """
 
     def __init__(self, dataset, image_size):
@@ -264,21 +264,14 @@ class CenterView:
         return len(self.dataset)
 
     def __getitem__(self, index):
-        image, label = self.dataset[index]
+        image, _ = self.dataset[index]
         size = self.size
         if size <= SMALL:
             image = TF.resize(image, [size, size], antialias=True)
         else:
             image = TF.resize(image, [round(size * 256 / 224)], antialias=True)
             image = TF.center_crop(image, [size, size])
-        return image, label, int(index)
-
-
-def normalize(images):
-    """(N, 3, S, S) uint8 -> float, channels_last: `augment` with nothing to do."""
-    params = torch.zeros(len(images), 8)
-    params[:, BRIGHTNESS:HUE] = 1
-    return augment(images, params)
+        return image[None], UNCHANGED, int(index)
 
 
 # ------------------------------------------------- datasets
@@ -434,13 +427,16 @@ def find_images(folder):
 
     Image.init()
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
-    paths, left_out = [], Counter()
+    paths, left_out, trails = [], Counter(), {}
     for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        if OURS.intersection(files):
+        real = os.path.realpath(where) + os.sep
+        above = trails.get(os.path.dirname(where), [])    # the real folders that it lies in
+        trails[where] = [*above, real]
+        leads_back = any(path.startswith(real) for path in above)        # and would never end
+        if leads_back or OURS.intersection(files):
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")
-                      and name != "lost+found" and not leads_back(os.path.join(where, name))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = os.path.join(where, name)
             extension = os.path.splitext(name)[1].lower()
@@ -451,18 +447,6 @@ def find_images(folder):
             else:
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out
-
-
-def leads_back(path):
-    """Whether a link leads to a folder that it lies in: following it would never end."""
-    if not os.path.islink(path):
-        return False
-    target, parent = os.path.realpath(path), os.path.dirname(path)
-    while parent != os.path.dirname(parent):
-        if os.path.realpath(parent) == target:
-            return True
-        parent = os.path.dirname(parent)
-    return False
 
 
 def starts_like_an_image(path):
@@ -627,9 +611,10 @@ def draw_view_pairs(two_views, path, count=8):
     """A picture: for each of `count` images a column of the original and its two views."""
     picks = permutation(len(two_views), SAMPLE, two_views.seed)[:count].tolist()
     crops, params, _ = collate([two_views[0, index] for index in picks])
-    originals = [CenterView(two_views.dataset, two_views.size)[index][0] for index in picks]
-    rows = [normalize(torch.stack(originals))]
-    rows += [augment(view, view_params) for view, view_params in zip(crops, params)]
+    center_view = CenterView(two_views.dataset, two_views.size)
+    originals, unchanged, _ = collate([center_view[index] for index in picks])
+    crops, params = torch.cat([originals, crops]), torch.cat([unchanged, params])
+    rows = [augment(view, view_params) for view, view_params in zip(crops, params)]
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     images = (torch.cat(rows).float() * std + mean).clamp(0, 1)
     grid = make_grid(images, nrow=len(picks), padding=2, pad_value=1.0)
@@ -638,23 +623,26 @@ def draw_view_pairs(two_views, path, count=8):
     picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
 
 
-def iterate(dataset, batches, workers, *, batch_bytes, collate_fn=None, pin_memory=False):
-    """Yield what a loader makes of each list of items in `batches`.
+def iterate(views, batches, workers, batch_size, pin_memory=False):
+    """Yield crops, params, index of each list of items in `batches`, of at most `batch_size`.
 
-    Raises UserError where workers would run out of shared memory, are killed, or hang.
+    Raises LocalError where an image cannot be read, and where workers would run out of shared
+    memory, are killed, or hang.
     """
-    needed, free = 2 * workers * batch_bytes, math.inf
+    needed, free = 2 * workers * batch_size * 6 * views.size ** 2, math.inf
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
     if needed > free:
         raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, "
                          f"{free >> 20} are free: pass fewer --workers (0: none), or docker run "
                          f"--shm-size")
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate_fn,
+    loader = DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                         worker_init_fn=outlive_signals, pin_memory=pin_memory,
                         timeout=LOADER_TIMEOUT if workers else 0)
     try:
         yield from loader
+    except UserError as error:                 # an image that only this process has seen
+        raise LocalError(last_line(error)) from None
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
@@ -671,9 +659,14 @@ def outlive_signals(_):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
+def is_first():
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(*words):
     """Print on the first process. A terminal that is gone must not cost the run."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         try:
             print(*words, flush=True)
         except OSError:
@@ -713,7 +706,7 @@ def last_line(error):
 def exit_with(error):
     """Print one line for a UserError and exit with code 2; of several processes one prints."""
     traceback.clear_frames(error.__traceback__)     # or a loader's workers would hold up the exit
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalError):
+    if is_first() or isinstance(error, LocalError):
         print("error: " + last_line(error), file=sys.stderr, flush=True)
     sys.exit(2)
 

@@ -3,6 +3,7 @@
     python lineval.py                                # the newest run
     python lineval.py runs/A runs/B                  # side by side
     python lineval.py RUN --data OTHER               # transfer to another dataset
+    python lineval.py RUN --shares 0.01 0.1 1        # how many labels does it save?
     python lineval.py --weights FILE --arch resnet18 --data PATH      # torchvision's names
 
 A network is frozen, its features are computed once, and simple readers are asked what is in them:
@@ -23,6 +24,7 @@ the report alone, and without any it does with what is left. All views are made 
 augmentations, whatever a run was trained with, so that runs compare.
 """
 import argparse
+import copy
 import csv
 import json
 import math
@@ -33,6 +35,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,98 +44,70 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from data import LocalError, UserError, say
+from data import CenterView, LocalError, TwoViews, UserError, say
 from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def center_batches(dataset, rows, image_size, device="cpu", workers=0, batch_size=256):
-    """Yield the evaluation views of `rows`, normalised, (B, 3, S, S) at a time."""
-    views = data.CenterView(dataset, image_size)
-    batches = [part.tolist() for part in rows.split(batch_size)]
-    size = 3 * batch_size * image_size ** 2
-    for images, _, _ in data.iterate(views, batches, workers, batch_bytes=size):
-        yield data.normalize(images.to(device))
-
-
-def augmented_batches(views, items, device="cpu", workers=0, batch_size=256):
-    """Yield both views of `items`, pairs (epoch, index) -> (B, 3, S, S) twice, index (B,)."""
-    batches = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-    size = 6 * batch_size * views.size ** 2
-    for crops, params, index in data.iterate(views, batches, workers, batch_bytes=size,
-                                             collate_fn=data.collate):
-        view1 = data.augment(crops[0].to(device), params[0])
-        view2 = data.augment(crops[1].to(device), params[1])
-        yield view1, view2, index
+def view_batches(views, batches, device="cpu", workers=0):
+    """For each list of items in `batches` yield their views, normalised, V of (B, 3, S, S), and
+    their rows (B,). views: data.CenterView, V = 1, or data.TwoViews, V = 2."""
+    for crops, params, rows in data.iterate(views, batches, workers, batch_size=256):
+        crops = crops.to(device)
+        yield [data.augment(crop, numbers) for crop, numbers in zip(crops, params)], rows
 
 
 @torch.no_grad()
-def extract_features(net, dataset, image_size, *, rows=None, device="cpu", workers=0,
-                     batch_size=256, what="features"):
-    """Outputs of `net` for the evaluation view of each row -> (len(rows), F) on the CPU.
+def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=256,
+                     what="features"):
+    """Outputs of `net` for each view of each item -> (V, N, F) on the CPU.
 
-    rows (N,): indices, default all. Several processes share the work; all but the first get
-    (0, F). The caller sets eval mode.
+    items: rows for data.CenterView, pairs (epoch, row) for data.TwoViews. Several processes share
+    the work, and all but the first get N = 0. The caller sets eval mode.
     """
-    rows = torch.arange(len(dataset)) if rows is None else rows
-    mine = own_share(rows)
-    batches = center_batches(dataset, mine, image_size, device, workers, batch_size)
-    return collect(map(net, batches), mine, rows, device, what)
-
-
-@torch.no_grad()
-def view_features(net, dataset, image_size, *, rows, seed=0, device="cpu", workers=0,
-                  batch_size=256, what="features of views"):
-    """The same for two augmented views of each row -> two (len(rows), F)."""
-    mine = own_share(rows)
-    items = [(0, index) for index in mine.tolist()]
-    views = data.TwoViews(dataset, image_size, seed)
-    batches = augmented_batches(views, items, device, workers, batch_size)
-    outputs = (torch.cat([net(view1), net(view2)], 1) for view1, view2, _ in batches)
-    return collect(outputs, mine, rows, device, what).chunk(2, dim=1)
-
-
-def own_share(rows):
-    """This process's part of `rows`; the last row again where the parts would be unequal."""
-    if not dist.is_initialized():
-        return rows
-    each = math.ceil(len(rows) / dist.get_world_size())
-    first = dist.get_rank() * each
-    return rows[torch.arange(first, first + each).clamp(max=len(rows) - 1)]
-
-
-def collect(outputs, mine, rows, device, what):
-    """Outputs for `mine`, (B, F) at a time, from each process -> (len(rows), F) on the first."""
+    mine = own_share(items)
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     progress = data.Progress(what, len(mine))
-    parts, done = [], 0
-    try:
-        for out in outputs:
-            parts.append(out.cpu())
-            done += len(out)
-            progress.show(done)
-    except UserError as error:       # an image that only this process has seen
-        raise LocalError(data.last_line(error)) from None
-    features = torch.cat(parts)
+    features, done = None, 0
+    for pictures, _ in view_batches(views, batches, device, workers):
+        out = torch.stack([net(picture) for picture in pictures], 1).cpu()          # (B, V, F)
+        if features is None:
+            features = out.new_empty(len(mine), *out.shape[1:])
+        features[done:done + len(out)] = out
+        done += len(out)
+        progress.show(done)
+    return gather_on_first(features, device)[:len(items)].transpose(0, 1)
+
+
+def own_share(items):
+    """This process's part of `items`; the last item again where the parts would be unequal."""
     if not dist.is_initialized():
-        return features
+        return items
+    each = math.ceil(len(items) / dist.get_world_size())
+    first = dist.get_rank() * each
+    return [items[min(i, len(items) - 1)] for i in range(first, first + each)]
+
+
+def gather_on_first(x, device):
+    """x (n, ...) of each process -> (W n, ...) on the first, (0, ...) on the others."""
+    if not dist.is_initialized():
+        return x
     first = dist.get_rank() == 0
-    whole = features.new_empty(dist.get_world_size() if first else 0, *features.shape,
-                               device=device)
-    dist.gather(features.to(device), list(whole) if first else None)
-    return whole.flatten(0, 1)[:len(rows)].cpu()
+    whole = x.new_empty(dist.get_world_size() if first else 0, *x.shape, device=device)
+    dist.gather(x.to(device), list(whole) if first else None)
+    return whole.flatten(0, 1).cpu()
 
 
 @torch.no_grad()
-def estimate_batch_norm(net, dataset, rows, image_size, *, device="cpu", workers=0, seed=0,
-                        images=512):
+def estimate_batch_norm(net, views, rows, *, device="cpu", workers=0, seed=0, images=512):
     """Give a random network the data's batch statistics, those of some images: without them it
     would be a worse baseline than it need be."""
-    picks = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:images]]
-    batch = torch.cat(list(center_batches(dataset, picks, image_size, device, workers)))
+    picks = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:images]].tolist()
+    [([pictures], _)] = view_batches(views, [picks], device, workers)
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1                                               # forget what was there
-    net.train()(batch)
+    net.train()(pictures)
     for layer in layers:
         layer.momentum = 0.1
 
@@ -144,26 +119,20 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-30)
 
 
-def neighbors(x, others, k, *, euclidean=False, device="cpu", most=2 ** 27):
-    """The k nearest rows of `others` (M, F), or all if fewer, for each row of x (N, F).
+def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
+    """The k nearest rows of `others` (M, F), or all if fewer, for each row of x (N, F), by
+    Euclidean distance -> distances (N, k), rows (N, k), nearest first.
 
-    -> similarity (N, k), rows (N, k), nearest first; similarity is the cosine, or minus the
-    Euclidean distance. At most about `most` pairs are in memory at a time.
+    At most about `most` pairs are in memory at a time.
     """
     others = others.to(device)
-    if not euclidean:
-        others = unit(others)
-    similarities, indices = [], []
+    distances, rows = [], []
     for part in x.split(max(1, most // len(others))):
-        part = part.to(device)
-        if euclidean:
-            similarity = -torch.cdist(part, others)
-        else:
-            similarity = unit(part) @ others.T
-        best = similarity.topk(min(k, len(others)))
-        similarities.append(best.values.cpu())
-        indices.append(best.indices.cpu())
-    return torch.cat(similarities), torch.cat(indices)
+        distance = torch.cdist(part.to(device), others)
+        best = distance.topk(min(k, len(others)), largest=False)
+        distances.append(best.values.cpu())
+        rows.append(best.indices.cpu())
+    return torch.cat(distances), torch.cat(rows)
 
 
 def accuracy(predicted, labels):
@@ -177,10 +146,10 @@ def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, dev
     k is at most the mean size of a class, or a small dataset's neighbourhood would be most of it.
     """
     k = min(k, len(train_x) // len(train_y.unique()))
-    similarity, rows = neighbors(val_x, train_x, k, device=device)       # (V, k)
-    weights = ((similarity - 1) / temperature).exp()
+    distance, rows = neighbors(unit(val_x), unit(train_x), k, device=device)        # (V, k)
+    cosine = 1 - distance ** 2 / 2                                       # of unit rows
     votes = torch.zeros(len(val_x), int(train_y.max()) + 1)
-    votes.scatter_add_(1, train_y[rows], weights)
+    votes.scatter_add_(1, train_y[rows], ((cosine - 1) / temperature).exp())
     return accuracy(votes.argmax(1), val_y)
 
 
@@ -190,14 +159,11 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
     x (N, F), y (N,). k is chosen on val itself, which flatters. Of classes with equal votes the
     first wins, of several k the least.
     """
-    _, rows = neighbors(val_x, train_x, max_k, euclidean=True, device=device)
+    _, rows = neighbors(val_x, train_x, max_k, device=device)
     near = train_y[rows]                                                 # (V, max_k)
-    best, best_k = -1.0, 0
-    for k in range(1, near.shape[1] + 1, 2):
-        found = accuracy(near[:, :k].mode().values, val_y)
-        if found > best:
-            best, best_k = found, k
-    return best, best_k
+    found = {k: accuracy(near[:, :k].mode().values, val_y) for k in range(1, near.shape[1] + 1, 2)}
+    best_k = max(found, key=found.get)
+    return found[best_k], best_k
 
 
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)        # for features of length about 1
@@ -256,35 +222,66 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
                 held_out=held_out[decay], rows=len(x))
 
 
-def augmented_probe(net, splits, val_x, image_size, *, epochs=100, seed=0, device="cpu",
-                    workers=0, batch_size=256):
-    """[Small]'s linear protocol, for every network: a new random crop and flip of each image in
-    every epoch; batch 256, lr 30, a tenth of it after 60 and after 80 of 100 epochs.
+def train_on_crops(net, splits, rows, judged, size, *, frozen, lr, epochs=100, seed=0,
+                   device="cpu", workers=0):
+    """[Small]'s protocols: a linear layer, trained on new random crops in every epoch, on the
+    frozen network or together with it (fine-tuning). rows (N,) of the training split, judged: a
+    pair (dataset, rows) -> accuracy on it.
 
-    val_x (V, F): features of splits.val_rows -> top-1 on val.
+    frozen: crops from 0.08 on, a tenth of the rate after 60 and 80 % of the epochs; else crops from
+    0.2 on, after 40 and 70 %. Batches of 256, fewer where there are fewer images.
     """
-    views = data.TwoViews(splits.train, image_size, seed, min_scale=0.08, jitter_p=0, gray_p=0,
-                          blur_p=0)
-    rows, labels = splits.train_rows, splits.train.labels
-    batch_size = min(batch_size, len(rows))
-    layer = nn.Linear(val_x.shape[1], len(splits.names)).to(device)
-    optimizer = torch.optim.SGD(layer.parameters(), 30 * batch_size / 256, momentum=0.9)
-    drops = [epochs * 6 // 10, epochs * 8 // 10]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
-    for epoch in range(epochs):
-        order = rows[data.permutation(len(rows), data.ORDER, seed, epoch)].tolist()
-        whole = len(order) // batch_size * batch_size
-        items = [(epoch, index) for index in order[:whole]]
-        for view, _, index in augmented_batches(views, items, device, workers, batch_size):
-            with torch.no_grad():
-                x = net(view)                                            # (B, F)
-            optimizer.zero_grad()
-            F.cross_entropy(layer(x), labels[index].to(device)).backward()
-            optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        predicted = layer(val_x.to(device)).argmax(1).cpu()
-    return accuracy(predicted, splits.val.labels[splits.val_rows])
+    min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
+    views = TwoViews(splits.train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
+    net = copy.deepcopy(net)                   # fine-tuning must not change the caller's
+    layer = nn.Linear(net.feature_dim, len(splits.names)).to(device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    model = nn.Sequential(net, layer).train(not frozen)
+    batch_size = min(256, len(rows))
+    trained = layer if frozen else model
+    optimizer = torch.optim.SGD(trained.parameters(), lr * batch_size / 256, momentum=0.9)
+    milestones = [round(drop * epochs) * (len(rows) // batch_size) for drop in drops]
+    decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    rows = rows.tolist()
+    batches = ([(epoch, rows[i]) for epoch, i in batch]
+               for batch in data.schedule(len(rows), batch_size, epochs, seed))
+    for (view, _), index in view_batches(views, batches, device, workers):
+        with torch.set_grad_enabled(not frozen):
+            x = net(view)                                                # (B, F)
+        optimizer.zero_grad()
+        F.cross_entropy(layer(x), splits.train.labels[index].to(device)).backward()
+        optimizer.step()
+        decay.step()
+    dataset, judged_rows = judged
+    [scores] = extract_features(model.eval(), CenterView(dataset, size), judged_rows.tolist(),
+                                device=device, workers=workers, what="scores")
+    return accuracy(scores.argmax(1), dataset.labels[judged_rows])
+
+
+FINETUNE_RATES = (0.1, 0.01, 0.001)            # [Small] has 0.01
+
+
+def finetune(net, splits, rows, size, *, seed=0, **options):
+    """Fine-tuning as `train_on_crops` does it -> accuracy on val, learning rate. The rate is chosen
+    on a tenth of `rows`, never on val."""
+    rows = rows[data.permutation(len(rows), data.HOLD_OUT, seed, 2)]
+    judge = max(1, len(rows) // 10)
+    options |= dict(frozen=False, seed=seed)
+    held_out = {lr: train_on_crops(net, splits, rows[judge:], (splits.train, rows[:judge]), size,
+                                   lr=lr, **options) for lr in FINETUNE_RATES}
+    lr = max(held_out, key=held_out.get)
+    val = splits.val, splits.val_rows
+    return train_on_crops(net, splits, rows, val, size, lr=lr, **options), lr
+
+
+def some_labels(labels, share, seed):
+    """Keyed positions of a share of `labels` (N,), in order, at least one of each class."""
+    order = data.permutation(len(labels), data.SAMPLE, seed, 5)
+    first = torch.cat([order[labels[order] == c][:1] for c in labels.unique()])
+    rest = order[~torch.isin(order, first)]
+    most = max(len(first), round(share * len(labels)))
+    return torch.cat([first, rest])[:most].sort().values
 
 
 # ------------------------------------------------- the representation space
@@ -345,16 +342,14 @@ def representation_space(original, view1, view2, labels):
     """Features of images and of two augmented views of each, (N, F), labels (N,), -1 for none
     -> dict of floats, without those that are undefined (no labels, a complete collapse).
 
-    _views: of two views, else of an image and its view. All on unit rows and all pairs. [Small]
-    has own view found, alignment, uniformity and intra-class; the others are ours, effective rank
-    after Roy and Vetterli 2007.
+    All on unit rows and all pairs. [Small] has own view found, alignment, uniformity and
+    intra-class; the others are ours, effective rank after Roy and Vetterli 2007.
     """
     original, view1, view2 = unit(original), unit(view1), unit(view2)
     own_view, others_farther = find_own(original, view1)
     out = dict(
         own_view=own_view,
         others_farther_from_view=others_farther,
-        own_view_views=find_own(view1, view2)[0],
         alignment=(original - view1).square().sum(1).mean().item(),
         alignment_views=(view1 - view2).square().sum(1).mean().item(),
         uniformity=uniformity(original),
@@ -367,42 +362,72 @@ def representation_space(original, view1, view2, labels):
     return out
 
 
-# ------------------------------------------------- while training (for pretrain.py)
+# ------------------------------------------------- datasets
 
-KNN_TRAIN, KNN_VAL = 50_000, 10_000            # the most images that are compared
+HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
+
+
+def load_splits(name, seed=0, train=None, classes=True):
+    """-> namespace of train, train_rows, val, val_rows (the rows with a label), names (of classes),
+    note. Of a dataset with fewer than two classes: all rows, and no names.
+
+    Without a val split a keyed fifth of train is held out. `train`: that split, if loaded already.
+    Raises UserError for fewer than two images.
+    """
+    train = train or data.load_dataset(name, "train", classes)
+    val = data.load_dataset(name, "val", classes) if data.has_val(name) else train
+    names = train.classes if len(train.labels[train.labels >= 0].unique()) > 1 else []
+    least = 0 if names else -1                                           # -1 is no label
+    train_rows = (train.labels >= least).nonzero().flatten()
+    val_rows = (val.labels >= least).nonzero().flatten()
+    note = ""
+    if val is train:
+        order = train_rows[data.permutation(len(train_rows), data.HOLD_OUT, seed)]
+        held_out = round(HELD_OUT * len(order))
+        val_rows, train_rows = order[:held_out].sort().values, order[held_out:].sort().values
+        note = f"; no val split, so {held_out} of {len(order)} images held out, keyed by the seed"
+    if min(len(train_rows), len(val_rows)) < 2:
+        raise UserError(f"{name} has {len(train_rows)} training and {len(val_rows)} validation "
+                        f"images{' in class folders' * bool(names)}: at least 2 of each are needed")
+    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows,
+                           names=names, note=note)
+
+
+def sample(rows, most, *key):
+    """At most `most` of `rows`, keyed."""
+    return rows[data.permutation(len(rows), data.SAMPLE, *key)[:most]]
+
+
+KNN_TRAIN, KNN_VAL, OWN_VIEW = 50_000, 10_000, 1000      # the most images, while training
 
 
 @torch.no_grad()
-def online_knn(encoder, splits, image_size, seed, *, device, workers):
-    """kNN accuracy of the backbone's features and of the head's output, encoder in eval mode
-    -> {"knn_backbone": ..., "knn_head": ...} on the first process, {} on the others."""
-    def sample(dataset, rows, most):
-        rows = rows[data.permutation(len(rows), data.SAMPLE, seed)[:most]]
-        x = extract_features(encoder.backbone, dataset, image_size, rows=rows, device=device,
-                             workers=workers, what="features for the kNN")
-        return x.to(device), dataset.labels[rows]
-
-    train_x, train_y = sample(splits.train, splits.train_rows, KNN_TRAIN)
-    val_x, val_y = sample(splits.val, splits.val_rows, KNN_VAL)
-    if not len(train_x):
+def measure_online(encoder, splits, image_size, seed, **options):
+    """For pretrain.py, encoder in eval mode: kNN accuracy of the backbone's features and of the
+    head's output; without labels the share of images whose augmented view is nearer than every
+    other image -> {"knn_backbone": ..., "knn_head": ...} or {"own_view": ...} on the first process,
+    {} on the others."""
+    val_view = CenterView(splits.val, image_size)
+    if not splits.names:
+        rows = sample(splits.val_rows, OWN_VIEW, seed).tolist()
+        views, items = TwoViews(splits.val, image_size, seed), [(0, row) for row in rows]
+        [original] = extract_features(encoder.backbone, val_view, rows, **options)
+        view, _ = extract_features(encoder.backbone, views, items, **options)
+        return {"own_view": find_own(original, view)[0]} if len(view) else {}
+    train_rows = sample(splits.train_rows, KNN_TRAIN, seed)
+    val_rows = sample(splits.val_rows, KNN_VAL, seed)
+    options["what"] = "features for the kNN"
+    [train_x] = extract_features(encoder.backbone, CenterView(splits.train, image_size),
+                                 train_rows.tolist(), **options)
+    [val_x] = extract_features(encoder.backbone, val_view, val_rows.tolist(), **options)
+    if not len(val_x):
         return {}
-    found = {"knn_backbone": knn_accuracy(train_x, train_y, val_x, val_y, device=device)}
-    train_z, val_z = encoder.head(train_x), encoder.head(val_x)
-    found["knn_head"] = knn_accuracy(train_z, train_y, val_z, val_y, device=device)
-    return found
-
-
-def online_own_view(encoder, dataset, rows, image_size, *, device, workers):
-    """Share of images whose augmented view is nearer than every other image, for the backbone's
-    features, encoder in eval mode -> {"own_view": ...} on all processes."""
-    options = dict(rows=rows, device=device, workers=workers)
-    original = extract_features(encoder.backbone, dataset, image_size, **options)
-    view, _ = view_features(encoder.backbone, dataset, image_size, **options)
-    share = find_own(original, view)[0] if len(original) else 0.0
-    if dist.is_initialized():
-        share = torch.tensor(share, device=device)
-        dist.broadcast(share, 0)
-    return {"own_view": float(share)}
+    device = options["device"]
+    train_x, val_x = train_x.to(device), val_x.to(device)
+    train_y, val_y = splits.train.labels[train_rows], splits.val.labels[val_rows]
+    return {"knn_backbone": knn_accuracy(train_x, train_y, val_x, val_y, device=device),
+            "knn_head": knn_accuracy(encoder.head(train_x), train_y, encoder.head(val_x), val_y,
+                                     device=device)}
 
 
 # ------------------------------------------------- the report
@@ -417,7 +442,6 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
     "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
     "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
                                  "than the own view; 50: chance"),
-    "own_view_views": ("view finds view %", "higher: the same, harder"),
     "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
     "alignment_views": ("alignment of two views", "lower: the same for two views"),
     "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
@@ -429,39 +453,68 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
 TABLE = ("linear_top1", "augmented_top1", "knn", "over_clustering", "effective_rank", "own_view")
 
 
-def measure(net, splits, job, title):
-    """All measures of one frozen network -> dict, features of training and validation images;
-    on all processes but the first the dict is empty."""
+def measure(net, splits, args, size, title, picks, features_file=None):
+    """All measures of one frozen network, {} on all processes but the first. For the pictures: its
+    features of the validation images (V, F), and the 8 training images nearest to the `picks` of
+    them (positions), as rows."""
     net.eval()                # or batch norm would adapt to the images of the evaluation
-    size, options = job.image_size, job.options
+    options = dict(device=own_device(), workers=args.workers)
     train_y, val_y = splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]
-    chosen = choose(val_y, 50 if splits.names else 1000, job.seed)
-    train_x = extract_features(net, splits.train, size, rows=splits.train_rows, **options,
-                               what=f"features of {title}, training images")
-    val_x = extract_features(net, splits.val, size, rows=splits.val_rows, **options,
-                             what=f"features of {title}, validation images")
-    view1, view2 = view_features(net, splits.val, size, rows=splits.val_rows[chosen],
-                                 seed=job.seed, **options)
-    if job.rank > 0:
-        return {}, train_x, val_x
+    order = data.permutation(len(val_y), data.SAMPLE, args.seed, 4)
+    most = 50 if splits.names else 1000                                  # of a class
+    chosen = torch.cat([order[val_y[order] == c][:most] for c in val_y.unique()])
+
+    val_view = CenterView(splits.val, size)
+    views = TwoViews(splits.val, size, args.seed)
+    items = [(0, row) for row in splits.val_rows[chosen].tolist()]
+    [train_x] = extract_features(net, CenterView(splits.train, size), splits.train_rows.tolist(),
+                                 **options, what=f"features of {title}, training images")
+    [val_x] = extract_features(net, val_view, splits.val_rows.tolist(), **options,
+                               what=f"features of {title}, validation images")
+    view1, view2 = extract_features(net, views, items, **options, what=f"views, {title}")
+    if not len(val_x):
+        return {}, val_x, None
+
     report = dict(val_images=len(val_x))
     if splits.names:
-        both = train_x, train_y, val_x, val_y
-        probe = linear_probe(*both, seed=job.seed, device=job.device)
+        knowledge = train_x, train_y, val_x, val_y
+        probe = linear_probe(*knowledge, seed=args.seed, device=own_device())
         report |= {f"linear_{name}": value for name, value in probe.items()}
-        report["knn"] = knn_accuracy(*both, device=job.device)
-        report["best_nn"], report["best_nn_k"] = best_nn(*both, device=job.device)
-        if job.protocol == "augmented":
-            report["augmented_top1"] = augmented_probe(net, splits, val_x, size, seed=job.seed,
-                                                       **options)
+        report["knn"] = knn_accuracy(*knowledge, device=own_device())
+        report["best_nn"], report["best_nn_k"] = best_nn(*knowledge, device=own_device())
+        if args.protocol == "augmented":
+            val = splits.val, splits.val_rows
+            report["augmented_top1"] = train_on_crops(
+                net, splits, splits.train_rows, val, size, frozen=True, lr=30, epochs=args.epochs,
+                seed=args.seed, **options)
+        report["few_labels"] = []
+        for share in args.shares:
+            some = some_labels(train_y, share, args.seed)
+            row = dict(labels=len(some), linear=linear_probe(
+                train_x[some], train_y[some], val_x, val_y, seed=args.seed,
+                device=own_device())["top1"])
+            if args.finetune:
+                row["finetuned"], row["lr"] = finetune(
+                    net, splits, splits.train_rows[some], size, epochs=args.epochs, seed=args.seed,
+                    **options)
+            report["few_labels"].append(row)
     report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
-    return report, train_x, val_x
+    if features_file:
+        write_features(features_file, splits, train_x, val_x)
+    _, near = neighbors(unit(val_x[picks]), unit(train_x), 8, device=own_device())
+    return report, val_x, splits.train_rows[near]
 
 
-def choose(labels, most, seed):
-    """Keyed rows for the measures of the space: at most `most` of each class."""
-    order = data.permutation(len(labels), data.SAMPLE, seed, 4)
-    return torch.cat([order[labels[order] == c][:most] for c in labels.unique()])
+def write_features(file, splits, train_x, val_x):
+    """An .npz of features (N, F), labels (N,), paths (N,), and is_val (N,)."""
+    parts = ((splits.train, splits.train_rows), (splits.val, splits.val_rows))
+    paths = [dataset.path(row) for dataset, rows in parts for row in rows.tolist()]
+    labels = [dataset.labels[rows] for dataset, rows in parts]
+    is_val = np.arange(len(paths)) >= len(train_x)
+    with data.writing(file):
+        np.savez(file, features=torch.cat([train_x, val_x]).numpy(), labels=torch.cat(labels),
+                 paths=paths, is_val=is_val)
+    say(f"written: {file}, features of {len(paths)} images")
 
 
 def standard_error(share, n):
@@ -516,13 +569,14 @@ def print_table(columns, names):
             cells.append(cell.rjust(width) if name in report else "-".rjust(width))
         if any(name in report for report in columns.values()):
             say(f"{title:25s}{''.join(cells)}   {reading}")
+    for kind, title in (("linear", "linear probe %"), ("finetuned", "fine-tuned %")):
+        for rows in zip(*(report.get("few_labels", []) for report in columns.values())):
+            if kind in rows[0]:
+                cells = [f"{100 * row[kind]:.1f}".rjust(width) for row in rows]
+                say(f"{title} of {rows[0]['labels']:6d}  {''.join(cells)}   labels")
 
 
-# ------------------------------------------------- datasets and weights
-
-HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
-FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")     # torchvision's, of 1000 classes
-
+# ------------------------------------------------- devices and weights
 
 def own_device():
     """The GPU of this process, or the CPU where there is none."""
@@ -550,41 +604,6 @@ def in_turn(name, load):
             dist.barrier()
 
 
-def load_splits(name, seed, train, classes, labelled):
-    train = train or data.load_dataset(name, "train", classes)
-    val = data.load_dataset(name, "val", classes) if data.has_val(name) else train
-    least = 0 if labelled else -1                                        # -1 is no label
-    train_rows = (train.labels >= least).nonzero().flatten()
-    val_rows = (val.labels >= least).nonzero().flatten()
-    note = ""
-    if val is train:
-        order = train_rows[data.permutation(len(train_rows), data.HOLD_OUT, seed)]
-        held_out = round(HELD_OUT * len(order))
-        val_rows, train_rows = order[:held_out].sort().values, order[held_out:].sort().values
-        note = f"; no val split, so {held_out} of {len(order)} images held out, keyed by the seed"
-    if min(len(train_rows), len(val_rows)) < 2:
-        raise UserError(f"{name} has {len(train_rows)} training and {len(val_rows)} validation "
-                        f"images{' in class folders' * labelled}: at least 2 of each are needed")
-    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows,
-                           names=train.classes if labelled else [], note=note)
-
-
-def labelled_splits(name, seed=0, train=None, classes=True):
-    """-> namespace of train, train_rows, val, val_rows (rows with a label), names (of classes),
-    note. Without a val split a keyed fifth of train is held out. `train`: the dataset, if loaded
-    already. Raises UserError for fewer than two classes."""
-    splits = load_splits(name, seed, train, classes, labelled=True)
-    for dataset, rows in ((splits.train, splits.train_rows), (splits.val, splits.val_rows)):
-        if len(dataset.labels[rows].unique()) < 2:
-            raise UserError(f"{name} has one class: at least 2 folders are needed in each split")
-    return splits
-
-
-def unlabelled_splits(name, seed=0, train=None):
-    """The same without labels: all rows, names []."""
-    return load_splits(name, seed, train, classes=False, labelled=False)
-
-
 def load_file(path):
     """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
     if not os.path.isfile(path):
@@ -599,6 +618,9 @@ def load_file(path):
         raise UserError(f"{path} cannot be loaded ({type(error).__name__}: damaged, or no state "
                         f"dict of plain weights) and was not run: use another copy, or start "
                         f"afresh with --restart if it is a run's last.pt") from None
+
+
+FINAL_LAYERS = ("fc.", "classifier.3.", "classifier.1.")     # torchvision's, of 1000 classes
 
 
 def load_weights(backbone, path, encoder="query"):
@@ -644,9 +666,18 @@ def panel(pen, box, title, points):
     left, top, right, bottom = box
     pen.text((left, top - 20), title, "black")
     pen.rectangle(box, outline=GRAY)
+    points = torch.as_tensor(points, dtype=torch.float64)
     low, high = points.amin(0), points.amax(0)
     share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
     return torch.tensor([left, bottom]) + share * torch.tensor([right - left, top - bottom])
+
+
+def draw_line(pen, places, color):
+    """A line through places (N, 2), with a dot at its end."""
+    places = [tuple(place) for place in places.tolist()]
+    pen.line(places, color, 2)
+    for x, y in places[-1:]:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
 
 
 CHANCES = {"loss": "chance", "knn_backbone": "", "own_view": "", "same_class": "same_class_chance"}
@@ -663,14 +694,30 @@ def draw_curve(log_csv, png):
         (first, start), (last, end) = points[0], points[-1]
         title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
         top = 28 + 170 * number
-        places = panel(pen, (20, top, 580, top + 140), title, torch.tensor(chance + points))
-        places = [tuple(place) for place in places.tolist()]
-        pen.line(places[:len(chance)], GRAY, 2)
-        pen.line(places[len(chance):], BLUE, 2)
-        u, v = places[-1]
-        pen.ellipse((u - 3, v - 3, u + 3, v + 3), BLUE)
+        places = panel(pen, (20, top, 580, top + 140), title, chance + points)
+        draw_line(pen, places[:len(chance)], GRAY)
+        draw_line(pen, places[len(chance):], BLUE)
     with data.writing(png):
         image.save(png)
+
+
+def draw_few_labels(path, networks):
+    """Accuracy over the number of labels, by the linear probe and fine-tuned: {title: report}."""
+    lines = {}
+    for title, report in networks.items():
+        for kind in ("linear", "finetuned"):
+            points = [(math.log10(row["labels"]), 100 * row[kind])
+                      for row in report["few_labels"] if kind in row]
+            if points:
+                lines[f"{kind}, {title}: {points[0][1]:.1f} to {points[-1][1]:.1f} %"] = points
+    image, pen = canvas(600, 330 + 18 * len(lines), "accuracy over number of labels (log scale)")
+    every = [point for points in lines.values() for point in points]
+    places = panel(pen, (20, 48, 580, 310), "", every)
+    for number, (title, points) in enumerate(lines.items()):
+        draw_line(pen, places[:len(points)], COLORS[5 * number % 12])
+        places = places[len(points):]
+        pen.text((20, 318 + 18 * number), title, COLORS[5 * number % 12])
+    image.save(path)
 
 
 def draw_rows(path, title, queries, query_rows, others, other_rows):
@@ -679,7 +726,7 @@ def draw_rows(path, title, queries, query_rows, others, other_rows):
     image, pen = canvas(168 + 72 * other_rows.shape[1], 28 + 76 * len(query_rows), title)
 
     def paste(dataset, row, frame, x, y):                                # 64 px, framed by 4
-        picture, _, _ = data.CenterView(dataset, 64)[row]
+        picture = CenterView(dataset, 64)[row][0][0]
         image.paste(ImageOps.expand(to_pil_image(picture), 4, frame), (x, y))
 
     for i, row in enumerate(query_rows.tolist()):
@@ -703,8 +750,8 @@ def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
     encoder.load_state_dict(state["encoder"])
     real = queue["index"] >= 0
     picks = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
-    images = torch.cat(list(center_batches(dataset, picks, size)))
-    _, near = neighbors(encoder.eval()(images), queue["keys"][real], count)
+    [q] = extract_features(encoder.eval(), CenterView(dataset, size), picks.tolist())
+    _, near = neighbors(q, queue["keys"][real], count)
     draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
               queue["index"][real][near])
 
@@ -732,82 +779,96 @@ def draw_map(path, panels, labels, names, side=420):
 
 # ------------------------------------------------- one run after the other
 
-def read_job(args, run):
-    """What to evaluate: the flags, completed by the settings of a run, if it is one."""
-    settings = dict(arch=args.arch, data="shapes", classes=None, image_size=None, dataset=None)
+def read_settings(args, run):
+    """The settings of a run, or of --weights, less what the flags say otherwise."""
     if run and not (run / "args.json").exists():
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as "
                         f"runs/...")
-    if run:
-        settings = json.loads((run / "args.json").read_text())
-    elif not args.arch:
+    if not run and not args.arch:
         raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
-    job = SimpleNamespace(**vars(args), run=run, settings=settings)
-    job.title, job.folder = str(run or args.weights), args.out or run
-    job.arch = args.arch or settings["arch"]
-    job.weights = args.weights or run / ("last.pt" if args.encoder == "key" else "backbone.pt")
-    job.data = args.data or settings["data"]
-    if job.data == settings["data"]:
-        job.classes = args.classes or settings["classes"]
-    job.image_size = args.image_size or settings["image_size"]
-    return job
+    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
+    if run:
+        try:
+            settings |= json.loads((run / "args.json").read_text())
+        except ValueError:
+            raise UserError(f"{run / 'args.json'} is damaged: pass the run's --weights and "
+                            f"--arch") from None
+    return settings
 
 
-def evaluate_job(job):
-    """Measure a network and its random twin -> report (a dict for lineval.json), and for the
-    pictures the splits and {network: features of training and of validation images}."""
-    train = in_turn(job.data, lambda: data.load_dataset(job.data, "train", job.classes != "none"))
-    if len(train.labels[train.labels >= 0].unique()) < 2:
-        splits, about = unlabelled_splits(job.data, job.seed, train), "without labels"
-    else:
-        splits = labelled_splits(job.data, job.seed, train)
+def evaluate(args, run):
+    """Measure a run's network and its random twin -> namespace of what the report needs."""
+    settings = read_settings(args, run)
+    name, arch = args.data or settings["data"], args.arch or settings["arch"]
+    classes = args.classes or ("folders" if args.data else settings["classes"])
+    splits = in_turn(name, lambda: load_splits(name, args.seed, classes=classes != "none"))
+    size = args.image_size or settings["image_size"] or data.default_image_size(splits.train)
+    about = "without labels"
+    if splits.names:
         share = torch.bincount(splits.val.labels[splits.val_rows]).max() / len(splits.val_rows)
         about = f"{len(splits.names)} classes, the largest {share:.1%} of validation"
-    job.image_size = job.image_size or data.default_image_size(train)
-    say(f"{job.title}: {job.arch}, {job.encoder} encoder, on {job.data} at {job.image_size} px: "
+    elif args.shares or args.protocol == "augmented":
+        raise UserError(f"{name} has no labels: --shares and --protocol augmented need class "
+                        f"folders, here or by --labels FOLDER")
+    title = str(run or args.weights)
+    say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: "
         f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}"
         f"{splits.note}")
 
-    torch.manual_seed(job.seed)
-    small = (job.settings["image_size"] or job.image_size) <= data.SMALL
-    nets = {name: build_backbone(job.arch, small).to(job.device, memory_format=torch.channels_last)
-            for name in ("random", "pretrained")}
-    load_weights(nets["pretrained"], job.weights, job.encoder)
-    estimate_batch_norm(nets["random"], splits.train, splits.train_rows, job.image_size,
-                        seed=job.seed, **job.options)
-    report = dict(run=job.title, data=job.data, encoder=job.encoder, seed=job.seed,
-                  image_size=job.image_size, train_images=len(splits.train_rows))
-    features = {}
-    for name, net in nets.items():
-        report[name], *features[name] = measure(net, splits, job, f"the {name} network")
-    if job.rank == 0:
-        log = read_log(job.run / "log.csv") if job.run else []
+    device, small = own_device(), (settings["image_size"] or size) <= data.SMALL
+    files = {"random": None, "pretrained": args.weights or run / "backbone.pt"}
+    if args.encoder == "key":
+        files["pretrained"] = args.weights or run / "last.pt"
+    if args.against:
+        files[f"against {Path(args.against).stem}"] = args.against
+    nets = {}
+    for network, file in files.items():
+        torch.manual_seed(args.seed)
+        nets[network] = build_backbone(arch, small).to(device, memory_format=torch.channels_last)
+        if file:                               # all are tried before the long work begins
+            load_weights(nets[network], file, args.encoder)
+    estimate_batch_norm(nets["random"], CenterView(splits.train, size), splits.train_rows,
+                        device=device, workers=args.workers, seed=args.seed)
+    picks = data.permutation(len(splits.val_rows), data.SAMPLE, args.seed, 2)
+    report = dict(run=title, data=name, encoder=args.encoder, seed=args.seed, image_size=size,
+                  train_images=len(splits.train_rows))
+    features, near = {}, {}
+    for network, net in nets.items():
+        file = args.features if network == "pretrained" else None
+        report[network], features[network], near[network] = measure(
+            net, splits, args, size, f"the {network} network", picks[:10], file)
+    if report["random"]:
+        log = read_log(run / "log.csv") if run else []
         report["verdict"] = verdict(report["pretrained"], report["random"], log)
-    return report, splits, features
+    return SimpleNamespace(run=run, title=title, twin=f"random {arch}, {Path(name).name}",
+                           settings=settings, networks=list(nets), report=report, splits=splits,
+                           features=features, picks=picks, near=near["pretrained"])
 
 
-def write_job(job, report, splits, features):
-    """Report and pictures into the job's folder: NAME-OTHER-key.* beside those of the run."""
-    folder, settings = Path(job.folder), job.settings
-    end = "" if job.data == settings["data"] else f"-{splits.train.name}"
-    end += "-key" if job.encoder == "key" else ""
-    picks = data.permutation(len(splits.val_rows), data.SAMPLE, job.seed, 2)
-    few, many = picks[:10], picks[:2000]
-    train_x, val_x = features["pretrained"]
+def write_result(args, result):
+    """Report and pictures into the run's folder: NAME-OTHER-key.* beside those of the run."""
+    folder = Path(args.out or result.run)
+    splits, picks, report = result.splits, result.picks, result.report
+    end = "" if report["data"] == result.settings["data"] else f"-{splits.train.name}"
+    end += "-key" if args.encoder == "key" else ""
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
-        _, near = neighbors(val_x[few], train_x, 8, device=job.device)
         draw_rows(folder / f"neighbors{end}.png", "an image, then the nearest training images",
-                  splits.val, splits.val_rows[few], splits.train, splits.train_rows[near])
+                  splits.val, splits.val_rows[picks[:10]], splits.train, result.near)
         if splits.names:
-            panels = {title: val_x[many] for title, (_, val_x) in features.items()}
-            labels = splits.val.labels[splits.val_rows[many]]
-            draw_map(folder / f"map{end}.png", panels, labels, splits.names)
+            shown = picks[:2000]
+            panels = {network: x[shown] for network, x in result.features.items()}
+            draw_map(folder / f"map{end}.png", panels, splits.val.labels[splits.val_rows[shown]],
+                     splits.names)
+        if args.shares:
+            draw_few_labels(folder / f"few_labels{end}.png",
+                            {network: report[network] for network in result.networks})
         # The queue's keys are of the images of pretraining.
-        if splits.train.fingerprint == settings["dataset"] and (job.run / "last.pt").exists():
-            draw_soft_positives(folder / "soft_positives.png", load_file(job.run / "last.pt"),
-                                splits.train, job.seed)
+        if (splits.train.fingerprint == result.settings["dataset"]
+                and (result.run / "last.pt").exists()):
+            draw_soft_positives(folder / "soft_positives.png", load_file(result.run / "last.pt"),
+                                splits.train, args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures")
 
 
@@ -819,57 +880,69 @@ def read_flags(argv):
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
     add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
-    add("--data", help="evaluate on another dataset than the run's own")
+    add("--data", "--labels", metavar="DATA", help="evaluate on another dataset than the run's own")
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
     add("--all", action="store_true", help="print all measures")
+    add("--against", metavar="WEIGHTS", help="measure this state dict too, such as ImageNet's")
+    add("--shares", nargs="+", type=float, default=[], metavar="SHARE",
+        help="also with so few of the labels: 0.01 0.1 1, at least one a class")
+    add("--finetune", action="store_true", help="with --shares: train the network too")
     add("--protocol", default="cached", choices=("cached", "augmented"),
-        help="augmented: [Small]'s linear protocol, 100 epochs, too")
+        help="augmented: [Small]'s linear protocol too")
+    add("--epochs", type=int, default=100, help="of --finetune and --protocol augmented")
+    add("--features", metavar="FILE.npz", help="write the features, with labels and file names")
     add("--out", metavar="FOLDER", help="of report and pictures (default: the run's)")
     add("--image-size", type=int)
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=data.default_workers())
     args = parser.parse_args(argv)
-    for name, least in {"image_size": 8, "workers": 0, "seed": 0}.items():
+    for name, least in {"image_size": 8, "workers": 0, "seed": 0, "epochs": 1}.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if len(args.runs) > 1 and args.out:
-        raise UserError("--out takes one run at a time")
+    if not all(0 < share <= 1 for share in args.shares):
+        raise UserError(f"--shares {args.shares}: must lie above 0 and be at most 1")
+    if args.finetune and not args.shares:
+        args.shares = [1.0]
+    if len(args.runs) > 1 and (args.out or args.features):
+        raise UserError("--out and --features take one run at a time")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.finetune or args.protocol != "cached"):
+        raise UserError("--finetune and --protocol augmented train in one process: start them "
+                        "without torchrun")
     return args
+
+
+def newest_run():
+    files = sorted(Path("runs").glob("*/backbone.pt"), key=os.path.getmtime)
+    if not files:
+        raise UserError("no run in runs/ has finished an epoch: start with python pretrain.py, or "
+                        "pass --weights")
+    return files[-1].parent
 
 
 def main(argv=None):
     args = read_flags(argv)
     torch.set_flush_denormal(True)
-    args.rank, args.device = int(os.environ.get("RANK", 0)), own_device()
-    args.options = dict(device=args.device, workers=args.workers)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if args.device.type == "cuda" else "gloo"
+        backend = "nccl" if own_device().type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))      # while the first measures
-    runs = [None] if args.weights else [Path(run) for run in args.runs]
-    if not runs:
-        files = sorted(Path("runs").glob("*/backbone.pt"), key=os.path.getmtime)
-        if not files:
-            raise UserError("no run in runs/ has finished an epoch: start with python pretrain.py, "
-                            "or pass --weights")
-        runs = [files[-1].parent]
-    jobs = [read_job(args, run) for run in runs]
-    results = [evaluate_job(job) for job in jobs]
-    if args.rank == 0:
+    runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
+    results = [evaluate(args, run) for run in runs]
+    if data.is_first():
         columns = {}
-        for job, (report, *_) in zip(jobs, results):
-            title, twin = job.title, f"random {job.arch}, {Path(job.data).name}"
-            if len(jobs) == 1:
-                title, twin = "pretrained", "random weights"
-            columns.setdefault(twin, report["random"])
-            columns[title] = report["pretrained"]
+        for result in results:
+            names = {"random": "random weights"}
+            if len(results) > 1:
+                names = {"random": result.twin, "pretrained": result.title}
+            for network in result.networks:
+                columns.setdefault(names.get(network, network), result.report[network])
         labelled = any("knn" in column for column in columns.values())
         print_table(columns, TABLE if labelled and not args.all else MEASURES)
-        for job, result in zip(jobs, results):
-            say(f"{job.title}: {result[0]['verdict']}")
-            if job.folder:
-                write_job(job, *result)
+        for result in results:
+            say(f"{result.title}: {result.report['verdict']}")
+            if result.run or args.out:
+                write_result(args, result)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

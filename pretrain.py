@@ -189,11 +189,8 @@ def pretrain(args, stop):
     resolve(args, dataset)
     check(args, len(dataset), world)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_amp(args.amp))
-    view_dtype = amp_dtype or torch.get_default_dtype()
     per_epoch = len(dataset) // args.batch_size
     total_steps = args.epochs * per_epoch
-    labels = dataset.labels.to(device)
-    splits = splits_for_knn(args, dataset)
 
     # -- the two encoders, the queue, the optimizer
     torch.manual_seed(args.seed)
@@ -204,7 +201,7 @@ def pretrain(args, stop):
     run = Path(args.out or default_run(args, typed, dataset))
     if args.init and (args.restart or not (run / "last.pt").exists()):
         load_weights(encoder.backbone, args.init)
-    checkpoint = None if args.dry_run else open_run(run, args, dataset)
+    checkpoint = None if args.dry_run else open_run(run, args)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
     # Not fused with fp16: torch's fused SGD keeps a momentum that was never set where the scaler
@@ -225,37 +222,40 @@ def pretrain(args, stop):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    last_step = total_steps
+    epochs = 2 ** 20 if args.dry_run else args.epochs    # a dry run may need more than a run has
+    steps = data.schedule(len(dataset), args.batch_size, epochs, args.seed, rank=rank, world=world,
+                          first_step=first_step)
+    loader = data.iterate(views, steps, args.workers, args.batch_size // world,
+                          pin_memory=device.type == "cuda")
+    batches = Batches(loader, device)
     if args.dry_run:
-        timed_from = first_step + max(3, 2 * args.workers + 1)       # two lie ready a worker
-        last_step = timed_from + max(10, 2 * args.workers)
-    batches = Batches(views, args, device, rank, world, first_step, last_step)
+        batches = Batches(loader, device, skip=2 * args.workers + 3, count=2 * args.workers + 10)
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
-    if first_step == 0 and rank == 0 and not args.dry_run:
+    if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
+    log = Log(run, args, dataset, encoder, batches, stop)
 
     # -- MoCo's Algorithm 1
     mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-    finite = torch.ones((), device=device)
-    saved_at = time.monotonic()
-    stopped = False
+    loss_options = dict(temperature=args.temperature, neighbors=args.neighbors,
+                        weighting=args.weighting)
+    autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
+    view_dtype = amp_dtype or torch.get_default_dtype()
+    stopped, done = False, first_step
     for step, (crops, params, index) in enumerate(batches, first_step):
-        smoothing = smoothing_at(step, per_epoch, args)
         order = data.permutation(args.batch_size, data.SHUFFLE, args.seed, step)
         order = order.to(device, non_blocking=True)
-
         view1 = data.augment(crops[0], params[0]).to(view_dtype)     # (n, 3, S, S)
         view2 = data.augment(crops[1], params[1]).to(view_dtype)
         queries, positives = [view1], [view2]
         if args.symmetric:
             queries, positives = [view1, view2], [view2, view1]
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        with autocast:
             q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
             keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
         k = torch.cat([part[mine] for part in keys])                 # the positives of q
-        loss, info = soft_info_nce(q, k, queue.keys, temperature=args.temperature,
-                                   smoothing=smoothing, neighbors=args.neighbors,
-                                   weighting=args.weighting)         # mean over both directions
+        smoothing = smoothing_at(step, per_epoch, args)
+        loss, info = soft_info_nce(q, k, queue.keys, smoothing=smoothing, **loss_options)
 
         optimizer.param_groups[0]["lr"] = lr_at(step, per_epoch, args)
         optimizer.zero_grad()
@@ -263,42 +263,27 @@ def pretrain(args, stop):
         scaler.step(optimizer)
         scaler.update()
         ema_update(encoder, key_encoder, args.key_momentum)          # key = m key + (1 - m) query
-        neighbors = queue.index[info["neighbors"]]                   # images, before keys move on
+        near_images = queue.index[info["neighbors"]]                 # before the keys move on
         queue.enqueue(torch.cat(keys), gather(index).repeat(len(keys)))
-        finite *= loss.isfinite()
 
         done = step + 1
-        end_of_epoch = done % per_epoch == 0
-        if args.dry_run:
-            if done == timed_from:
-                batches.restart_clock()
-        elif done % args.log_every == 0 or end_of_epoch or (world == 1 and stop.asked):
-            overdue = time.monotonic() - saved_at > 60 * args.save_minutes
-            numbers = mean_over_processes(
-                loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
-                nearest=info["nearest"].mean(), finite=finite, stop=stop.asked, save=overdue,
-                **same_class(neighbors, index.repeat(len(queries)), labels))
-            numbers |= knn_report(args, encoder, splits, done, per_epoch, batches)
-            report(run, args, numbers, done, per_epoch, smoothing, keys, batches)
-            stopped = numbers["stop"] > 0
-            if end_of_epoch or stopped or numbers["save"] > 0:
-                average_buffers(encoder, key_encoder)
-                save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue)
-                saved_at = time.monotonic()
+        if log.is_due(done):
+            wanted = log.report(done, loss, info, near_images, index, keys)
+            if wanted["save"]:
+                save(run, args, done, encoder, key_encoder, optimizer, scaler, queue)
+            stopped = wanted["stop"]
             if stopped:
                 break
 
     # -- the end
-    done = first_step + batches.count
     if batches.failure:
         kept = ""
         if world == 1 and done > 0 and not args.dry_run:
-            save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue)
+            save(run, args, done, encoder, key_encoder, optimizer, scaler, queue)
             kept = f"; saved {run / 'last.pt'} at step {done}"
-        batches.failure.args = (f"{data.last_line(batches.failure)}{kept}",)
-        raise batches.failure
+        raise type(batches.failure)(f"{batches.failure}{kept}")
     if args.dry_run:
-        report_dry_run(args, batches, total_steps, world)
+        report_dry_run(args, loader, batches, total_steps)
     elif stopped and done < total_steps:
         command = "the same command without --restart" if args.restart else "the same command"
         say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; {command} "
@@ -356,9 +341,8 @@ def distribute(encoder, device):
                                        gradient_as_bucket_view=True)
 
 
-def mean_over_processes(**numbers):
+def mean_over_processes(device, **numbers):
     """The mean of each number over all processes: the one place where they agree."""
-    device = numbers["loss"].device
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach()
                           for value in numbers.values()])
     if dist.is_initialized():
@@ -382,35 +366,31 @@ def average_buffers(*encoders):
 # ------------------------------------------------- batches and reports
 
 class Batches:
-    """The batches of the steps, on the device, with a stopwatch. A loader that fails ends them
-    and leaves the reason in `failure`."""
+    """The loader's batches, on the device, with a stopwatch, which leaves out the first `skip` of
+    them; at most `count` more. A loader that fails ends them, its reason is in `failure`."""
 
-    def __init__(self, views, args, device, rank, world, first_step, last_step):
-        self.views, self.args, self.device, self.rank, self.world = views, args, device, rank, world
-        self.first_step, self.last_step = first_step, last_step
-        self.count, self.lines, self.failure = 0, 0, None
+    def __init__(self, loader, device, skip=0, count=math.inf):
+        self.loader, self.device, self.skip, self.count = loader, device, skip, count
+        self.failure = None
         self.restart_clock()
 
     def restart_clock(self):
         self.start, self.waited, self.timed = time.perf_counter(), 0.0, 0
 
     def __iter__(self):
-        args = self.args
-        epochs = self.last_step * args.batch_size // len(self.views) + 2
-        steps = data.schedule(len(self.views), args.batch_size, epochs, args.seed, rank=self.rank,
-                              first_step=self.first_step, world=self.world)
-        batch_bytes = 6 * args.image_size ** 2 * args.batch_size // self.world
-        loader = data.iterate(self.views, steps, args.workers, batch_bytes=batch_bytes,
-                              collate_fn=data.collate, pin_memory=self.device.type == "cuda")
-        for _ in range(self.first_step, self.last_step):
+        while self.timed < self.count:
+            if self.timed == self.skip:
+                self.skip = None
+                self.restart_clock()
             asked = time.perf_counter()
             try:
-                crops, params, index = next(loader)
+                crops, params, index = next(self.loader)
+            except StopIteration:
+                return
             except UserError as error:
                 self.failure = error
                 return
             self.waited += time.perf_counter() - asked
-            self.count += 1
             self.timed += 1
             crops = crops.to(self.device, non_blocking=True)
             yield crops, params, index.to(self.device, non_blocking=True)
@@ -421,109 +401,124 @@ class Batches:
         return time.perf_counter() - self.start
 
 
-def same_class(neighbors, index, labels):
-    """How many of the nearest keys (N, n) show the class of the query (N,), of how many known."""
-    theirs, own = labels[neighbors.clamp(min=0)], labels[index][:, None]
-    known = (neighbors >= 0) & (theirs >= 0) & (own >= 0)            # -1: no image, or no label
-    return {"same": (known & (theirs == own)).sum(), "known": known.sum()}
-
-
-def splits_for_knn(args, dataset):
-    """What the kNN while training compares; without labels the images whose views it looks for."""
-    if args.knn_every == 0 or args.dry_run:
-        return None
-    try:
-        return lineval.labelled_splits(args.data, args.seed, dataset, args.classes != "none")
-    except UserError as error:
-        say(f"no kNN while training, but the share of own views found: {error}")
-        return lineval.unlabelled_splits(args.data, args.seed, dataset)
-
-
-def knn_report(args, encoder, splits, done, per_epoch, batches):
-    """At the end of some epochs: kNN accuracy of the backbone's features and of the head's output;
-    without labels, how often an image finds its own view."""
-    epoch, rest = divmod(done, per_epoch)
-    if splits is None or rest or (epoch % args.knn_every and epoch != args.epochs):
-        return {}
-    began = time.perf_counter()
-    average_buffers(encoder)
-    encoder.eval()
-    options = dict(device=next(encoder.parameters()).device, workers=args.workers)
-    try:
-        if splits.names:
-            found = lineval.online_knn(encoder, splits, args.image_size, args.seed, **options)
-        else:
-            rows = splits.val_rows[:1000]
-            found = lineval.online_own_view(encoder, splits.val, rows, args.image_size, **options)
-    except UserError as error:                 # an image of val, say: training can go on
-        if dist.is_initialized():
-            raise
-        say(f"no kNN this time: {data.last_line(error)}")
-        found = {}
-    encoder.train()
-    batches.start += time.perf_counter() - began                     # images/s is of training
-    return found
-
-
-LOG = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread",
-       "same_class", "same_class_chance", "smoothing", "lr", "knn_backbone", "knn_head", "own_view",
-       "images_per_s", "data_wait", "hours_left")
+COLUMNS = ("epoch", "step", "loss", "chance", "accuracy", "positive", "nearest", "spread",
+           "same_class", "same_class_chance", "smoothing", "lr", "knn_backbone", "knn_head",
+           "own_view", "images_per_s", "data_wait", "hours_left")
 HEADER = ("  epoch       step    loss (chance)  acc  positive nearest spread  same (chance)"
           "  images/s wait      left")
 
 
-def report(run, args, numbers, done, per_epoch, smoothing, keys, batches):
-    """One line on the terminal, one in log.csv; raise UserError for a loss that is not finite."""
-    if numbers["finite"] < 1:
-        raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, if "
-                        f"any, is kept; try a lower --lr, a longer --warmup-epochs, or --amp off")
-    spread = torch.cat(keys).double().std(0).mean().item() * math.sqrt(args.dim)
-    if int(os.environ.get("RANK", 0)):
-        return
-    seconds = batches.seconds()
-    row = {name: numbers[name] for name in LOG if name in numbers} | dict(
-        epoch=(done - 1) // per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
-        spread=spread, smoothing=smoothing, lr=lr_at(done - 1, per_epoch, args),
-        images_per_s=batches.timed * args.batch_size / seconds, data_wait=batches.waited / seconds,
-        hours_left=seconds / batches.timed * (args.epochs * per_epoch - done) / 3600)
-    same = ""
-    if numbers["known"]:
-        row["same_class"] = numbers["same"] / numbers["known"]
-        row["same_class_chance"] = args.same_class_chance
-        same = f"{row['same_class']:.2f} ({row['same_class_chance']:.2f})"
-    if batches.lines % 20 == 0:
-        say(HEADER)
-    batches.lines += 1
-    left = timedelta(seconds=round(3600 * row["hours_left"]))
-    say(f"{row['epoch']:4d}/{args.epochs:<4d} {done:9d} {row['loss']:7.3f} ({row['chance']:6.3f}) "
-        f"{row['accuracy']:4.2f} {row['positive']:9.2f} {row['nearest']:7.2f} {spread:6.2f} "
-        f"{same:>14s} {row['images_per_s']:9.0f} {row['data_wait']:4.0%} {str(left):>9s}")
-    for name, words in (("knn_backbone", "kNN of the backbone's features"),
-                        ("knn_head", "kNN of the head's output"),
-                        ("own_view", "images that find their own view")):
-        if name in row:
-            say(f"      {words} {row[name]:.1%}")
-    with data.writing(run / "log.csv"):
-        with open(run / "log.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, LOG)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-    if "knn_backbone" in row or "own_view" in row:
-        draw_curve(run / "log.csv", run / "curve.png")
+class Log:
+    """A line on the terminal and a row of log.csv every so many steps, and at an epoch's end."""
+
+    def __init__(self, run, args, dataset, encoder, batches, stop):
+        self.run, self.args, self.batches, self.stop = run, args, batches, stop
+        self.encoder, self.device = encoder, next(encoder.parameters()).device
+        self.per_epoch = len(dataset) // args.batch_size
+        self.labels = dataset.labels.to(self.device)
+        self.saved_at, self.lines, self.splits = time.monotonic(), 0, None
+        if args.knn_every and not args.dry_run:
+            self.splits = lineval.load_splits(args.data, args.seed, dataset, args.classes != "none")
+
+    def is_due(self, done):
+        alone_and_asked = self.stop.asked and not dist.is_initialized()
+        at = done % self.args.log_every == 0 or done % self.per_epoch == 0
+        return (at or alone_and_asked) and not self.args.dry_run
+
+    def report(self, done, loss, info, near_images, index, keys):
+        """-> {"stop": ..., "save": ...}, as all processes agree. near_images (n, neighbors): whose
+        keys were nearest to the queries of index (n,), or of index twice; -1: of no image."""
+        theirs = self.labels[near_images.clamp(min=0)]
+        own = self.labels[index].repeat(len(keys))[:, None]
+        known = (near_images >= 0) & (theirs >= 0) & (own >= 0)
+        overdue = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        numbers = mean_over_processes(
+            self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
+            nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
+            known=known.sum(), stop=bool(self.stop.asked), save=overdue)
+        if not math.isfinite(numbers["loss"]):
+            raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
+                            f"if any, is kept; try a lower --lr, a longer --warmup-epochs, or "
+                            f"--amp off")
+        numbers["spread"] = spread_of(torch.cat(keys))
+        if numbers["known"]:
+            numbers["same_class"] = numbers["same"] / numbers["known"]
+            numbers["same_class_chance"] = self.args.same_class_chance
+        numbers |= self.evaluate(done)
+        if data.is_first():
+            self.write(done, numbers)
+        save = done % self.per_epoch == 0 or numbers["stop"] > 0 or numbers["save"] > 0
+        if save:
+            self.saved_at = time.monotonic()
+        return {"stop": numbers["stop"] > 0, "save": save}
+
+    def evaluate(self, done):
+        """At the end of some epochs: kNN accuracy, or without labels own views found."""
+        args = self.args
+        epoch, rest = divmod(done, self.per_epoch)
+        if self.splits is None or rest or (epoch % args.knn_every and epoch != args.epochs):
+            return {}
+        began = time.perf_counter()
+        average_buffers(self.encoder)
+        self.encoder.eval()
+        found = lineval.measure_online(self.encoder, self.splits, args.image_size, args.seed,
+                                       device=self.device, workers=args.workers)
+        self.encoder.train()
+        self.batches.start += time.perf_counter() - began            # images/s is of training
+        return found
+
+    def write(self, done, numbers):
+        args, batches = self.args, self.batches
+        step, seconds = done - 1, batches.seconds()
+        row = {name: numbers[name] for name in COLUMNS if name in numbers} | dict(
+            epoch=step // self.per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
+            smoothing=smoothing_at(step, self.per_epoch, args),
+            lr=lr_at(step, self.per_epoch, args),
+            images_per_s=batches.timed * args.batch_size / seconds,
+            data_wait=batches.waited / seconds,
+            hours_left=seconds / batches.timed * (args.epochs * self.per_epoch - done) / 3600)
+        if self.lines % 20 == 0:
+            say(HEADER)
+        self.lines += 1
+        same = ""
+        if "same_class" in row:
+            same = f"{row['same_class']:.2f} ({row['same_class_chance']:.2f})"
+        left = timedelta(seconds=round(3600 * row["hours_left"]))
+        say(f"{row['epoch']:4d}/{args.epochs:<4d} {done:9d} {row['loss']:7.3f} "
+            f"({row['chance']:6.3f}) {row['accuracy']:4.2f} {row['positive']:9.2f} "
+            f"{row['nearest']:7.2f} {row['spread']:6.2f} {same:>14s} {row['images_per_s']:9.0f} "
+            f"{row['data_wait']:4.0%} {str(left):>9s}")
+        for name, words in (("knn_backbone", "kNN of the backbone's features"),
+                            ("knn_head", "kNN of the head's output"),
+                            ("own_view", "images that find their own view")):
+            if name in row:
+                say(f"      {words} {row[name]:.1%}")
+        path = self.run / "log.csv"
+        with data.writing(path):
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+        if "knn_backbone" in row or "own_view" in row:
+            draw_curve(path, self.run / "curve.png")
 
 
-def report_dry_run(args, batches, total_steps, world):
+def spread_of(z):
+    """1 where unit rows z (N, D) point everywhere, 0 where all are alike."""
+    return z.double().std(0).mean().item() * math.sqrt(z.shape[1])
+
+
+def report_dry_run(args, loader, batches, total_steps):
     """Speed, memory and time of the whole run. The slower of step and loader counts: of batches
     that lay ready, steps are too fast."""
-    timed = batches.timed
-    training = timed * args.batch_size / batches.seconds()
+    training = batches.timed * args.batch_size / batches.seconds()
     rate, words = training, ""
     if args.workers:
-        for step, _ in enumerate(batches, batches.first_step + 1):
-            if step == batches.last_step - timed:
-                batches.restart_clock()
-        loading = batches.timed * args.batch_size / batches.seconds()
+        rest = Batches(loader, batches.device, skip=2 * args.workers, count=batches.count)
+        for _ in rest:
+            pass
+        loading = rest.timed * args.batch_size / rest.seconds()
         rate, words = min(training, loading), f", the loader alone {loading:.0f}"
     hours = total_steps * args.batch_size / rate / 3600
     say(f"dry run: {training:.0f} images/s{words}, peak memory {peak_memory(batches.device)}; the "
@@ -547,7 +542,8 @@ def peak_memory(device):
 # ------------------------------------------------- the run's folder
 
 WRITTEN = ("args.json", "log.csv", "last.pt", "backbone.pt", "backbone.json", "views.png",
-           "curve.png", "lineval*.json", "neighbors*.png", "map*.png", "soft_positives*.png")
+           "curve.png", "lineval*.json", "neighbors*.png", "map*.png", "few_labels*.png",
+           "soft_positives*.png")
 MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
               "restart", "dry_run", "skip_unreadable", "out", "images", "same_class_chance"}
 
@@ -562,32 +558,30 @@ def default_run(args, typed, dataset):
     return Path("runs") / name[:200]
 
 
-def open_run(run, args, dataset):
+def open_run(run, args):
     """Take the run's folder -> its checkpoint to continue from, or None for a new start."""
-    rank = int(os.environ.get("RANK", 0))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with data.writing(run):
         found = [path for path in run.iterdir() if path.name != "lock"] if run.exists() else []
         if found and not (run / "args.json").is_file():
             raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
                             f"folder with --out")
-        if rank == 0:
+        if data.is_first():
             run.mkdir(parents=True, exist_ok=True)
             lock(run)
     if dist.is_initialized():
         dist.barrier()                         # nobody looks before the first process has the lock
-    fresh = args.restart and not restarted
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     checkpoint = None
-    if (run / "last.pt").exists() and not fresh:
-        checkpoint = load_file(run / "last.pt")
-        compare_settings(run, checkpoint, args)
-    elif (run / "backbone.json").exists() and not fresh:
-        # This file is written after last.pt, so that somebody has removed last.pt.
-        raise UserError(f"{str(run)!r} holds weights, but no last.pt to continue from: give "
-                        f"another folder with --out, or write over them with --restart")
+    if not args.restart or restarted:
+        if (run / "last.pt").exists():
+            checkpoint = load_file(run / "last.pt")
+            compare_settings(run, checkpoint, args)
+        elif (run / "backbone.json").exists():           # which is written after last.pt
+            raise UserError(f"{str(run)!r} holds weights, but no last.pt to continue from: give "
+                            f"another folder with --out, or write over them with --restart")
     if dist.is_initialized():
         dist.barrier()
-    if rank == 0 and not checkpoint:
+    if data.is_first() and not checkpoint:
         with data.writing(run):
             for pattern in WRITTEN:
                 for path in run.glob(pattern):
@@ -644,52 +638,48 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
         queue.keys.copy_(checkpoint["queue"]["keys"])
         queue.index.copy_(checkpoint["queue"]["index"])
         queue.pointer = int(checkpoint["queue"]["pointer"])
-        step = int(checkpoint["step"])
+        step, log_bytes = int(checkpoint["step"]), int(checkpoint["log_bytes"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UserError(f"{run / 'last.pt'} is damaged ({reason}): use another copy, or start "
                         f"afresh with --restart") from None
-    if int(os.environ.get("RANK", 0)) == 0:
-        cut_log(run / "log.csv", step)
+    if data.is_first() and (run / "log.csv").exists():
+        cut_log(run / "log.csv", log_bytes)
     return step
 
 
-def cut_log(path, step):
-    """Drop the rows after `step`, which come again. A damaged log is put aside: only a report."""
+def cut_log(path, size):
+    """Drop what came after the checkpoint, and comes again. A damaged log is put aside: it is only
+    a report."""
+    os.truncate(path, min(size, path.stat().st_size))
     try:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, LOG)
-        writer.writeheader()
-        writer.writerows(rows)
-        write(path, text.getvalue().encode())
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError, csv.Error):
+        lineval.read_log(path)
+    except (ValueError, AttributeError, csv.Error):
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         say(f"{path} was damaged: put aside as {aside.name}, a new one begins")
 
 
-def save(run, args, dataset, done, encoder, key_encoder, optimizer, scaler, queue):
+def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     """Write backbone.pt and last.pt, which has all there is to continue from after `done` steps.
 
     last.pt comes after backbone.pt and the log, so that it never promises what is not there.
     """
-    if int(os.environ.get("RANK", 0)):
+    average_buffers(encoder, key_encoder)
+    if not data.is_first():
         return
-    backbone = {name: value.cpu() for name, value in encoder.backbone.state_dict().items()}
-    state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
-                 key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict(),
-                 queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
     if not all(value.isfinite().all() for value in encoder.state_dict().values()):
         raise UserError(f"the weights are not finite after step {done}: the last good checkpoint, "
                         f"if any, is kept; try a lower --lr or --amp off")
+    backbone = {name: value.cpu() for name, value in encoder.backbone.state_dict().items()}
     write(run / "backbone.pt", serialize(backbone))
-    if (run / "log.csv").exists():
-        flush(run / "log.csv")
+    log = run / "log.csv"
+    if log.exists():
+        flush(log)
+    state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
+                 key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict(), log_bytes=log.stat().st_size if log.exists() else 0,
+                 queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
     write(run / "last.pt", serialize(state))
     about = dict(arch=args.arch, feature_dim=encoder.backbone.feature_dim, data=args.data,
                  image_size=args.image_size, small_images=args.image_size <= data.SMALL,
@@ -894,7 +884,7 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 
 def skip_unreadable(dataset):
     """The dataset without the files that cannot be read, which the first process looks for."""
-    found = [data.find_unreadable(dataset) if int(os.environ.get("RANK", 0)) == 0 else None]
+    found = [data.find_unreadable(dataset) if data.is_first() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     unreadable = found[0]

@@ -4,11 +4,13 @@ import math
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_of, one_line_error, run_script, torchrun, write_images
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import data
 import lineval
@@ -52,15 +54,11 @@ def test_best_nn_is_the_best_odd_k_of_the_plain_vote():
     assert accuracy == pytest.approx(best[0]) and k == best[1]
 
 
-@pytest.mark.parametrize("euclidean", (False, True))
-def test_neighbours_do_not_depend_on_the_chunks(euclidean):
+def test_neighbours_do_not_depend_on_the_chunks():
     (x, _), (v, _) = cloud(300), cloud(70, seed=1)
-    values, rows = lineval.neighbors(v, x, 9, euclidean=euclidean, most=5000)
-    similarity = F.normalize(v, dim=1) @ F.normalize(x, dim=1).T
-    if euclidean:
-        similarity = -(v[:, None] - x).square().sum(2).sqrt()
-    expected = similarity.topk(9)
-    torch.testing.assert_close(values, expected.values, atol=1e-4, rtol=1e-4)
+    distances, rows = lineval.neighbors(v, x, 9, most=5000)
+    expected = (v[:, None] - x).square().sum(2).sqrt().topk(9, largest=False)
+    torch.testing.assert_close(distances, expected.values, atol=1e-4, rtol=1e-4)
     assert torch.equal(rows, expected.indices)
 
 
@@ -109,26 +107,75 @@ def test_probe_is_blind_to_scale_and_offset_even_when_features_are_tiny():
     assert abs(padded - plain) <= 0.05
 
 
-def test_augmented_protocol_trains_on_fresh_crops():
-    """A stand-in network, the mean colour: colours are told apart from any crop."""
+class MeanColour(torch.nn.Module):
+    """A stand-in network: three features, in colours turned by a matrix that can be trained."""
+    feature_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.turn = torch.nn.Parameter(torch.eye(3))
+
+    def forward(self, x):
+        return x.mean((2, 3)) @ self.turn
+
+
+@pytest.fixture
+def colours():
+    """60 pictures whose class is told by any crop, as splits."""
     labels = torch.arange(60) % 3
     pictures = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
     noise = torch.randint(99, 255, (60, 32, 32), generator=torch.Generator().manual_seed(0))
     pictures[torch.arange(60), labels] = noise.byte()
     dataset = data.Images("colours", pictures, labels, ["r", "g", "b"])
     rows = torch.arange(60)
-    splits = lineval.SimpleNamespace(train=dataset, train_rows=rows, val=dataset, val_rows=rows,
-                                     names=dataset.classes)
-    seen = []
+    return lineval.SimpleNamespace(train=dataset, train_rows=rows, val=dataset, val_rows=rows,
+                                   names=dataset.classes)
 
-    def mean_colour(x):
-        seen.append(x)
-        return x.mean((2, 3))
 
-    val_x = mean_colour(data.normalize(pictures))
-    found = lineval.augmented_probe(mean_colour, splits, val_x, 32, epochs=8, batch_size=20)
+@pytest.mark.parametrize("frozen", (True, False))
+def test_training_on_crops(colours, monkeypatch, frozen):
+    net, seen, augment = MeanColour(), [], data.augment
+    monkeypatch.setattr(data, "augment", lambda *views: seen.append(augment(*views)) or seen[-1])
+    rows, before = torch.arange(0, 60, 2), [value.clone() for value in net.parameters()]
+    judged = colours.val, torch.arange(1, 60, 2)
+    found = lineval.train_on_crops(net, colours, rows, judged, 32, frozen=frozen, lr=1, epochs=8)
     assert found == 1
-    assert len(seen) == 1 + 8 * 3 and not torch.equal(seen[1], seen[4])
+    assert len(seen) == 8 * 2 + 1 and not torch.equal(seen[0], seen[2])   # new crops an epoch
+    assert all(torch.equal(*pair) for pair in zip(net.parameters(), before))
+
+
+def test_fine_tuning_trains_the_network_and_the_probe_does_not(colours, monkeypatch):
+    nets = []
+    monkeypatch.setattr(lineval.copy, "deepcopy", lambda net: nets.append(MeanColour()) or nets[-1])
+    for frozen in (True, False):
+        lineval.train_on_crops(None, colours, torch.arange(60), (colours.val, torch.arange(9)), 32,
+                               frozen=frozen, lr=1, epochs=4)
+        assert torch.equal(nets[-1].turn.data, torch.eye(3)) == frozen
+
+
+def test_the_rate_of_fine_tuning_is_chosen_without_val(monkeypatch):
+    """A stand-in: the held-out tenth likes 0.01, val would like 0.1."""
+    calls = []
+
+    def train(net, splits, rows, judged, size, *, lr, **options):
+        calls.append((len(rows), len(judged[1])))
+        return {0.1: (0.3, 0.9), 0.01: (0.8, 0.7), 0.001: (0.2, 0.1)}[lr][judged[0] == "val"]
+
+    monkeypatch.setattr(lineval, "train_on_crops", train)
+    splits = lineval.SimpleNamespace(train="train", val="val", val_rows=torch.arange(7))
+    assert lineval.finetune(None, splits, torch.arange(50), 32) == (0.7, 0.01)
+    assert calls == [(45, 5)] * 3 + [(50, 7)]
+
+
+def test_some_labels_are_of_every_class_and_nested():
+    labels = torch.tensor([0] * 90 + [1] * 9 + [2])
+    for share, count in ((0.001, 3), (0.02, 3), (0.1, 10), (1, 100)):
+        some = lineval.some_labels(labels, share, seed=0)
+        assert len(set(some.tolist())) == len(some) == count
+        assert set(labels[some].tolist()) == {0, 1, 2}
+    few, more = (set(lineval.some_labels(labels, share, 0).tolist()) for share in (0.1, 0.3))
+    assert few < more
+    assert few != set(lineval.some_labels(labels, 0.1, 1).tolist())
 
 
 def test_representation_space_is_its_formulas():
@@ -153,7 +200,6 @@ def test_representation_space_is_its_formulas():
     potential = sum(math.exp(-2 * d2(a[i], a[j])) for i, j in pairs) / len(pairs)
     expected = dict(
         own_view=sum(all(a[i] @ b[i] > a[i] @ a[j] for j in n if j != i) for i in n) / 50,
-        own_view_views=sum(all(b[i] @ c[i] > b[i] @ b[j] for j in n if j != i) for i in n) / 50,
         others_farther_from_view=float(farther) / (50 * 49),
         alignment=sum(d2(a[i], b[i]) for i in n) / 50,
         alignment_views=sum(d2(b[i], c[i]) for i in n) / 50,
@@ -209,27 +255,37 @@ def test_verdict_on_made_cases():
 def test_features_are_the_networks_in_order(images):
     dataset = data.load_dataset(str(images), "val")
     net = build_backbone("mobilenetv3_small", True).eval()
-    rows = torch.tensor([7, 0, 33])
-    features = lineval.extract_features(net, dataset, 32, rows=rows, batch_size=2)
+    rows = [7, 0, 33]
+    [features] = lineval.extract_features(net, data.CenterView(dataset, 32), rows, batch_size=2)
+    views = data.TwoViews(dataset, 32)
+    of_views = lineval.extract_features(net, views, [(0, row) for row in rows], batch_size=2)
     with torch.no_grad():
-        expected = net(data.normalize(torch.stack([dataset[int(i)][0] for i in rows])))
-    torch.testing.assert_close(features, expected, atol=1e-6, rtol=1e-4)
+        for i, row in enumerate(rows):
+            x = dataset[row][0][None].float() / 255
+            expected = net(TF.normalize(x, data.MEAN, data.STD))[0]
+            torch.testing.assert_close(features[i], expected, atol=1e-6, rtol=1e-4)
+            crops, params, _ = views[0, row]
+            for v in range(2):
+                expected = net(data.augment(crops[v:v + 1], params[v:v + 1]))[0]
+                torch.testing.assert_close(of_views[v, i], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_random_baseline_sees_the_datas_statistics(images):
     dataset = data.load_dataset(str(images), "train")
     net = build_backbone("resnet18", True)
-    lineval.estimate_batch_norm(net, dataset, torch.arange(96), 32)
-    batch = data.normalize(torch.stack([dataset[i][0] for i in range(96)]))
-    x = F.conv2d(batch, net.conv1.weight, padding=1)
+    lineval.estimate_batch_norm(net, data.CenterView(dataset, 32), torch.arange(96))
+    batch = torch.stack([dataset[i][0] for i in range(96)]).float() / 255
+    x = F.conv2d(TF.normalize(batch, data.MEAN, data.STD), net.conv1.weight, padding=1)
     torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
     assert net.bn1.momentum == 0.1
 
 
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
     write_images(tmp_path, 60, splits=("pictures",))
-    for find in (lineval.labelled_splits, lineval.unlabelled_splits):
-        a, b, c = (find(str(tmp_path / "pictures"), seed) for seed in (0, 0, 1))
+    for classes in (True, False):
+        a, b, c = (lineval.load_splits(str(tmp_path / "pictures"), seed, classes=classes)
+                   for seed in (0, 0, 1))
+        assert bool(a.names) == classes
         assert len(a.val_rows) == 12 and "12 of 60" in a.note
         assert not set(a.val_rows.tolist()) & set(a.train_rows.tolist())
         assert torch.equal(a.val_rows, b.val_rows) and not torch.equal(a.val_rows, c.val_rows)
@@ -237,12 +293,12 @@ def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
 
 def test_while_training(images):
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True).eval()
-    splits = lineval.labelled_splits(str(images))
     options = dict(device=torch.device("cpu"), workers=0)
-    found = lineval.online_knn(encoder, splits, 32, 0, **options)
+    found = lineval.measure_online(encoder, lineval.load_splits(str(images)), 32, 0, **options)
     assert found.keys() == {"knn_backbone", "knn_head"} and 0 < found["knn_head"] <= 1
-    found = lineval.online_own_view(encoder, splits.val, splits.val_rows[:20], 32, **options)
-    assert 0 <= found["own_view"] <= 1
+    unlabelled = lineval.load_splits(str(images), classes=False)
+    found = lineval.measure_online(encoder, unlabelled, 32, 0, **options)
+    assert found.keys() == {"own_view"} and 0 < found["own_view"] <= 1
 
 
 def test_one_process_downloads_while_the_others_wait(monkeypatch):
@@ -325,17 +381,40 @@ def test_without_labels(run, tmp_path, capsys, hidden):
     assert (tmp_path / "out" / "neighbors-photos.png").exists()
 
 
-def test_bare_weights_of_torchvision(images, tmp_path, capsys, monkeypatch):
+def test_bare_weights_of_torchvision(images, tmp_path, capsys):
     from torchvision.models import resnet18
     weights = resnet18().state_dict()
     torch.save(weights, tmp_path / "w.pt")
-    monkeypatch.setattr(lineval, "augmented_probe", partial(lineval.augmented_probe, epochs=1))
     lineval.main(["--weights", str(tmp_path / "w.pt"), "--arch", "resnet18", "--data", str(images),
-                  "--image-size", "72", "--protocol", "augmented", *FLAGS])
+                  "--image-size", "72", "--protocol", "augmented", "--epochs", "1", *FLAGS])
     assert "linear, augmented %" in capsys.readouterr().out
     backbone = build_backbone("resnet18")
     lineval.load_weights(backbone, tmp_path / "w.pt")
     assert torch.equal(backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+
+
+def test_few_labels_fine_tuning_another_network_and_the_features(run, images, tmp_path, capsys):
+    torch.save(build_backbone("mobilenetv3_small", True).state_dict(), tmp_path / "other.pt")
+    lineval.main([str(run), "--shares", "0.01", "1", "--finetune", "--epochs", "1", "--against",
+                  str(tmp_path / "other.pt"), "--features", str(tmp_path / "x.npz"), "--out",
+                  str(tmp_path / "out"), *FLAGS])
+    output = capsys.readouterr().out
+    for words in ("linear probe % of      3", "fine-tuned % of     96", "against other"):
+        assert words in output, output
+    found = json.loads((tmp_path / "out" / "lineval.json").read_text())
+    for network in ("random", "pretrained", "against other"):
+        assert [row["labels"] for row in found[network]["few_labels"]] == [3, 96]
+        assert found[network]["few_labels"][1]["linear"] == found[network]["linear_top1"]
+        assert all(row["lr"] in lineval.FINETUNE_RATES for row in found[network]["few_labels"])
+    assert (tmp_path / "out" / "few_labels.png").exists()
+    there = np.load(tmp_path / "x.npz")
+    assert there["features"].shape == (192, 1024) and there["is_val"].tolist() == [False] * 96 + [True] * 96
+    train = data.load_dataset(str(images), "train")
+    backbone = build_backbone("mobilenetv3_small", True).eval()
+    lineval.load_weights(backbone, run / "backbone.pt")
+    [expected] = lineval.extract_features(backbone, data.CenterView(train, 32), [5])
+    torch.testing.assert_close(torch.from_numpy(there["features"][5:6]), expected, atol=1e-5, rtol=1e-4)
+    assert there["paths"][5] == train.path(5) and there["labels"][5] == train.labels[5]
 
 
 @pytest.mark.slow
@@ -373,6 +452,8 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     write_images(tmp_path / "lonely", 5, splits=("train",))
     write_images(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "args.json").write_text("{")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pt")
@@ -387,6 +468,9 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         ([str(run), "--image-size", "4"], ["--image-size 4", "at least 8"]),
         (["--weights", "bad.pt"], ["--arch"]),
         (["--arch", "vit"], ["vit", "resnet18"]),
+        ([str(run), "--shares", "0"], ["--shares", "above 0"]),
+        ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
+        (["damaged"], ["args.json", "damaged"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
         ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),

@@ -187,9 +187,10 @@ def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkey
     monkeypatch.setattr(data.TwoViews, "__getitem__",
                         lambda views, key: (time.sleep(0.0125), item(views, key))[1])
     args = resolved(images, *TINY, "--workers", "2")
-    batches = pretrain.Batches(views, args, torch.device("cpu"), 0, 1, 0, 15)
-    batches.timed = 11                                                       # steps of no time
-    pretrain.report_dry_run(args, batches, 1000, 1)
+    loader = data.iterate(views, data.schedule(96, 16, 99, 0), 2, 16)
+    steps = pretrain.Batches(loader, torch.device("cpu"), count=11)
+    steps.timed = 11                                                         # steps of no time
+    pretrain.report_dry_run(args, loader, steps, 1000)
     loaded = float(re.search(r"the loader alone (\d+)", capsys.readouterr().out)[1])
     assert 80 < loaded < 165, loaded                                         # 160: 2 x 16 / 0.2
 
@@ -199,7 +200,7 @@ def test_a_new_start_leaves_no_report_of_the_old_weights(run, images, tmp_path):
     for name in ("lineval.json", "lineval-other.json", "map-other.png", "notes.txt"):
         (folder / name).write_text("old")
     args = resolved(images, *TINY, "--restart")
-    assert pretrain.open_run(folder, args, None) is None
+    assert pretrain.open_run(folder, args) is None
     assert {f.name for f in folder.iterdir()} == {"notes.txt", "args.json", "lock"}
 
 
@@ -289,8 +290,17 @@ def test_what_was_lost_for_ever_is_not_asked_for_again(run, images, tmp_path, ca
 def test_a_damaged_log_is_put_aside(run, images, tmp_path):
     folder = copy_of(run, tmp_path)
     (folder / "log.csv").write_text("epoch,step\n1,six\n")
-    pretrain.cut_log(folder / "log.csv", 6)
+    pretrain.cut_log(folder / "log.csv", 17)
     assert (folder / "log.damaged").exists() and not (folder / "log.csv").exists()
+
+
+def test_rows_after_the_checkpoint_are_dropped_from_the_log(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("epoch,step\n1,6\n1,7\n1,")                           # killed while it wrote
+    pretrain.cut_log(log, len("epoch,step\n1,6\n"))
+    assert log.read_text() == "epoch,step\n1,6\n"
+    pretrain.cut_log(log, 999)                                             # a shorter log than before
+    assert log.read_text() == "epoch,step\n1,6\n"
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(run, images, tmp_path, capsys):

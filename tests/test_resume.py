@@ -19,7 +19,7 @@ RUN = ["--out", "run", "--knn-every", "0", "--log-every", "1"]
 
 
 def state_of(folder):
-    """Every tensor and number of last.pt by name, but for the settings that may differ."""
+    """Every tensor and number of last.pt by name, but for what may differ."""
     out = {}
 
     def walk(name, value):
@@ -32,7 +32,9 @@ def state_of(folder):
         else:
             out[name] = value
 
-    walk("", {k: v for k, v in torch.load(folder / "run" / "last.pt", weights_only=True).items() if k != "settings"})
+    state = torch.load(folder / "run" / "last.pt", weights_only=True)
+    del state["settings"], state["log_bytes"]                       # the log has timings
+    walk("", state)
     return out
 
 

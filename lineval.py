@@ -211,8 +211,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     classes = int(max(train_y.max(), val_y.max())) + 1
 
     judge = max(1, len(x) // 10)
-    held_out = {}
+    held_out, progress = {}, data.Progress("fits of the linear probe", len(decays) + 1)
     for decay in decays:
+        progress.show(len(held_out))
         weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay)
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)
@@ -241,12 +242,15 @@ def train_on_crops(net, splits, rows, judged, size, *, frozen, lr, epochs=100, s
     batch_size = min(256, len(rows))
     trained = layer if frozen else model
     optimizer = torch.optim.SGD(trained.parameters(), lr * batch_size / 256, momentum=0.9)
-    milestones = [round(drop * epochs) * (len(rows) // batch_size) for drop in drops]
+    per_epoch = len(rows) // batch_size
+    milestones = [round(drop * epochs) * per_epoch for drop in drops]
     decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     rows = rows.tolist()
     batches = ([(epoch, rows[i]) for epoch, i in batch]
                for batch in data.schedule(len(rows), batch_size, epochs, seed))
+    progress = data.Progress("steps of training", epochs * per_epoch)
     for (view, _), index in view_batches(views, batches, device, workers):
+        progress.show(decay.last_epoch)
         with torch.set_grad_enabled(not frozen):
             x = net(view)                                                # (B, F)
         optimizer.zero_grad()

@@ -2,9 +2,11 @@
 import importlib
 import re
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import lineval
 import pretrain
 import test_loss
@@ -30,15 +32,16 @@ def section(title):
 
 
 def test_it_is_one_page():
-    assert len(README.split()) <= 1600
     prose = re.sub(r"```.*?```", "", README, flags=re.S)      # a command may be one long line
+    assert len(prose.split()) <= 1600
     assert max(map(len, prose.splitlines())) <= 120
 
 
 def test_names_exist():
-    names = re.findall(r"(?<![\w./])(loss|models|data|pretrain|lineval)\.(\w+)", README)
+    text = re.sub(r"```python.*?```", "", README, flags=re.S)
+    names = re.findall(r"(?<![\w./])(loss|models|data|pretrain|lineval)\.(\w+)", text)
     names = [(module, name) for module, name in names if name not in ("py", "json")]
-    assert len(names) > 12
+    assert len(names) > 9
     for module, name in names:
         assert hasattr(importlib.import_module(module), name), (module, name)
 
@@ -100,7 +103,7 @@ def test_the_duplicates_table_is_what_the_loss_does():
 
 
 def test_weights_load_as_the_snippet_says(tmp_path, monkeypatch):
-    snippet = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    snippet = re.search(r"```python\n(import torch, torchvision.*?)```", README, re.S)[1]
     folder = tmp_path / re.search(r'"(runs/[^"]*)/backbone.pt"', snippet)[1]
     folder.mkdir(parents=True)
     ours = build_backbone("mobilenetv3_small").eval()
@@ -108,6 +111,42 @@ def test_weights_load_as_the_snippet_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = {}
     exec(snippet, there)
-    net, x = there["net"].eval(), torch.randn(2, 3, 64, 64)
-    features = net.classifier[:2](torch.flatten(net.avgpool(net.features(x)), 1))
-    torch.testing.assert_close(features, ours(x), rtol=1e-4, atol=1e-5)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(there["net"](x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+def test_images_like_the_first(tmp_path, monkeypatch, capsys):
+    features = [[1, 0], [0, 9], [9, 1], [1, 1]]
+    np.savez(tmp_path / "features.npz", features=features, paths=["a", "b", "c", "d"])
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(import numpy.*?)```", README, re.S)[1], {})
+    assert capsys.readouterr().out.strip() == "['a' 'c' 'd' 'b']"
+
+
+def test_the_whole_algorithm_does_what_pretrain_does(tmp_path, monkeypatch):
+    """The first steps of the README's loop, in float64 and of small batches, give equal weights."""
+    pictures = data.draw_shapes(64, seed=3)
+    monkeypatch.setattr(data, "load_dataset", lambda *_: pictures)
+    monkeypatch.setattr(pretrain, "lr_at", lambda *_: 0.03)               # the README's is constant
+    monkeypatch.setattr(pretrain, "smoothing_at", lambda *_: 0.1)         # from the first step
+    snippet = re.search(r"```python\n(import copy.*?)```", README, re.S)[1]
+    numbers = "= 128, 256, 128, 0.9, 0.2, 0.1, 5"
+    assert numbers in snippet and "epochs=4" in snippet
+    snippet = snippet.replace(numbers, "= 16, 32, 128, 0.9, 0.2, 0.1, 5").replace("epochs=4", "epochs=1")
+    flags = ("--no-symmetric --bn-splits 1 --batch-size 16 --queue-size 32 --key-momentum 0.9 "
+             "--temperature 0.2 --smoothing 0.1 --neighbors 5 --weight-decay 1e-4 --dim 128 "
+             "--hidden-dim 2048 --jitter-p 0.8 --gray-p 0.2 --blur-p 0.5 --epochs 1 --amp off "
+             "--warmup-epochs 0 --knn-every 0 --workers 0")
+    torch.set_default_dtype(torch.float64)
+    try:
+        here = {}
+        exec(snippet, here)
+        assert pretrain.main([*flags.split(), "--out", str(tmp_path / "run")]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert here["step"] == 3 and saved["step"] == 4
+    for name, value in here["encoder"].state_dict().items():
+        torch.testing.assert_close(value, saved["encoder"][name], atol=1e-9, rtol=1e-9)
+    for name, value in here["key_encoder"].named_parameters():
+        torch.testing.assert_close(value.data, saved["key_encoder"][name], atol=1e-9, rtol=1e-9)

@@ -89,6 +89,7 @@ def scale_to(images, args):
     has moved on by then. So its memory is the square root of the run's steps (MoCo's 0.999 is that
     for a million), and the queue is as old as a tenth of this memory, so that its keys agree. A run
     of 10,000 steps remembers 100 (momentum 0.99), and its queue holds the keys of 10 steps.
+    No smoothing: in short runs it has helped nothing, and cost much on the shapes.
     """
     if args.data == "shapes":
         scale = dict(batch_size=128, epochs=8, warmup_epochs=0.5, lr=0.06, temperature=0.2,
@@ -106,7 +107,8 @@ def scale_to(images, args):
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
     queue_size = round(keys_a_step * max(1, memory / 10))
-    return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=min(65536, queue_size))
+    return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=min(65536, queue_size),
+                        smoothing=0.0)
 
 
 # ------------------------------------------------- the method
@@ -212,6 +214,7 @@ def pretrain(args, stop):
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
+        write_about(run, args, encoder)        # if a kill came before it
     query_encoder = distribute(encoder, device) if world > 1 else encoder
     if args.compile:
         for part in (encoder, key_encoder):
@@ -519,6 +522,7 @@ def report_dry_run(args, loader, batches, total_steps):
         for _ in rest:
             pass
         loading = rest.timed * args.batch_size / rest.seconds()
+        loader.close()                         # the system tells a worker's memory at its end
         rate, words = min(training, loading), f", the loader alone {loading:.0f}"
     hours = total_steps * args.batch_size / rate / 3600
     say(f"dry run: {training:.0f} images/s{words}, peak memory {peak_memory(batches.device)}; the "
@@ -541,7 +545,8 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-WRITTEN = ("args.json", "log.csv", "last.pt", "backbone.pt", "backbone.json", "views.png",
+# args.json is not among them: a kill must never leave a folder that nobody owns.
+WRITTEN = ("log.csv", "last.pt", "backbone.pt", "backbone.json", "views.png",
            "curve.png", "lineval*.json", "neighbors*.png", "map*.png", "few_labels*.png",
            "soft_positives*.png")
 MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
@@ -561,8 +566,8 @@ def default_run(args, typed, dataset):
 def open_run(run, args):
     """Take the run's folder -> its checkpoint to continue from, or None for a new start."""
     with data.writing(run):
-        found = [path for path in run.iterdir() if path.name != "lock"] if run.exists() else []
-        if found and not (run / "args.json").is_file():
+        found = {path.name for path in run.iterdir()} if run.exists() else set()
+        if found - {"lock", "args.json.tmp"} and not (run / "args.json").is_file():
             raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
                             f"folder with --out")
         if data.is_first():
@@ -610,22 +615,24 @@ LOCKS = []
 
 def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
-    if not {"settings", "step", "encoder", "queue"} <= checkpoint.keys():
+    ours = {"settings", "step", "encoder", "queue"} <= checkpoint.keys()
+    if not (ours and isinstance(checkpoint["settings"], dict)):
         raise UserError(f"{run / 'last.pt'} is not a checkpoint of this program: move it away, or "
                         f"pass --restart")
     old, new = checkpoint["settings"], vars(args)
     different = sorted(name for name in {*old, *new} - MAY_DIFFER if old.get(name) != new.get(name))
     if not different:
         return
-    words = "; ".join(f"{name} was {old.get(name)}, now {new.get(name)}" for name in different)
-    if "dataset" in different:
-        words = f"{old.get('images')} images before, {new['images']} now, or others; {words}"
+    words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
+    if "dataset" in different:                 # a hash, which tells nobody anything
+        place = different.index("dataset")
+        words[place] = f"{old.get('images')} images before, {new['images']} now, or others"
     longer = ""
     if "epochs" in different:
         longer = (f"; for more epochs start anew from its weights: --init {run / 'backbone.pt'} "
                   f"--out NEW")
-    raise UserError(f"{str(run)!r} was started with other settings ({words}): give the old "
-                    f"command, another folder with --out, or --restart{longer}")
+    raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "
+                    f"the old command, another folder with --out, or --restart{longer}")
 
 
 def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
@@ -635,12 +642,17 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
         key_encoder.load_state_dict(checkpoint["key_encoder"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        queue.keys.copy_(checkpoint["queue"]["keys"])
-        queue.index.copy_(checkpoint["queue"]["index"])
+        queue.keys.copy_(checkpoint["queue"]["keys"].view_as(queue.keys))
+        queue.index.copy_(checkpoint["queue"]["index"].view_as(queue.index))
         queue.pointer = int(checkpoint["queue"]["pointer"])
         step, log_bytes = int(checkpoint["step"]), int(checkpoint["log_bytes"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:80]
+        if min(step, log_bytes, queue.pointer) < 0 or queue.pointer >= len(queue.keys):
+            raise ValueError("a number is out of range")
+        for weight, state in optimizer.state.items():
+            if state and state["momentum_buffer"].shape != weight.shape:
+                raise ValueError("momentum of another shape")
+    except Exception as error:                 # torch raises many types
+        reason = repr(error)[:90]              # in one line
         raise UserError(f"{run / 'last.pt'} is damaged ({reason}): use another copy, or start "
                         f"afresh with --restart") from None
     if data.is_first() and (run / "log.csv").exists():
@@ -654,7 +666,7 @@ def cut_log(path, size):
     os.truncate(path, min(size, path.stat().st_size))
     try:
         lineval.read_log(path)
-    except (ValueError, AttributeError, csv.Error):
+    except ValueError:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
         say(f"{path} was damaged: put aside as {aside.name}, a new one begins")
@@ -681,10 +693,15 @@ def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
                  scaler=scaler.state_dict(), log_bytes=log.stat().st_size if log.exists() else 0,
                  queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
     write(run / "last.pt", serialize(state))
+    write_about(run, args, encoder)
+
+
+def write_about(run, args, encoder):
+    """backbone.json: what there is to know of backbone.pt."""
     about = dict(arch=args.arch, feature_dim=encoder.backbone.feature_dim, data=args.data,
                  image_size=args.image_size, small_images=args.image_size <= data.SMALL,
                  mean=data.MEAN, std=data.STD)
-    if not (run / "backbone.json").exists():
+    if data.is_first() and not (run / "backbone.json").exists():
         write(run / "backbone.json", json.dumps(about, indent=1).encode())
 
 
@@ -712,7 +729,8 @@ def write(path, content):
 
 def flush(path):
     """See that a file, or a folder's list of files, has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing; a folder nobody can open so.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -758,7 +776,11 @@ def read_args(argv=None):
             add(flag, choices=("constant", "cosine"), help=columns)
         else:
             add(flag, type=type(value), help=columns)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":                        # a shell's variable that was not set
+            refuse(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
+    return args
 
 
 def refuse(message):

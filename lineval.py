@@ -551,10 +551,13 @@ def verdict(trained, random, log=()):
 
 
 def read_log(path):
-    """log.csv -> a list of {column: float}, without empty cells."""
-    with open(path, newline="") as file:
-        return [{name: float(cell) for name, cell in row.items() if cell}
-                for row in csv.DictReader(file)]
+    """log.csv -> a list of {column: float}, without empty cells. Damaged: ValueError."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: float(cell) for name, cell in row.items() if cell}
+                    for row in csv.DictReader(file)]
+    except (TypeError, csv.Error) as error:    # a row is too long, or no text
+        raise ValueError(str(error)) from None
 
 
 def print_table(columns, names):
@@ -793,8 +796,10 @@ def read_settings(args, run):
     settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
     if run:
         try:
-            settings |= json.loads((run / "args.json").read_text())
-        except ValueError:
+            settings |= dict(json.loads((run / "args.json").read_text()))
+            if settings["arch"] not in ARCHS or not isinstance(settings["image_size"], int):
+                raise ValueError
+        except (ValueError, TypeError):
             raise UserError(f"{run / 'args.json'} is damaged: pass the run's --weights and "
                             f"--arch") from None
     return settings
@@ -831,6 +836,9 @@ def evaluate(args, run):
         nets[network] = build_backbone(arch, small).to(device, memory_format=torch.channels_last)
         if file:                               # all are tried before the long work begins
             load_weights(nets[network], file, args.encoder)
+    if args.features:
+        with data.writing(args.features):      # tried, too
+            open(args.features, "ab").close()
     estimate_batch_norm(nets["random"], CenterView(splits.train, size), splits.train_rows,
                         device=device, workers=args.workers, seed=args.seed)
     picks = data.permutation(len(splits.val_rows), data.SAMPLE, args.seed, 2)
@@ -842,7 +850,11 @@ def evaluate(args, run):
         report[network], features[network], near[network] = measure(
             net, splits, args, size, f"the {network} network", picks[:10], file)
     if report["random"]:
-        log = read_log(run / "log.csv") if run else []
+        try:
+            log = read_log(run / "log.csv") if run else []
+        except (OSError, ValueError):          # it is only a report
+            log = []
+            say(f"{run / 'log.csv'} is damaged or missing: the verdict does without it")
         report["verdict"] = verdict(report["pretrained"], report["random"], log)
     return SimpleNamespace(run=run, title=title, twin=f"random {arch}, {Path(name).name}",
                            settings=settings, networks=list(nets), report=report, splits=splits,
@@ -901,6 +913,11 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=data.default_workers())
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == "":                        # a shell's variable that was not set
+            raise UserError(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
+    if args.features and not args.features.endswith(".npz"):
+        raise UserError(f"--features {args.features}: pass a name that ends in .npz")
     for name, least in {"image_size": 8, "workers": 0, "seed": 0, "epochs": 1}.items():
         value = getattr(args, name)
         if value is not None and value < least:

@@ -2,6 +2,7 @@
 import errno
 import io
 import os
+import runpy
 import signal
 import struct
 import time
@@ -399,16 +400,17 @@ def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
         load_dataset("cifar10", "train")
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tree, monkeypatch):
+@pytest.mark.parametrize("forbidden", ["b", "tree"])
+def test_a_folder_that_cannot_be_listed_is_named(tree, monkeypatch, forbidden):
     real = os.scandir
 
     def scandir(folder):
-        if os.path.basename(folder) == "b":
+        if os.path.basename(folder) == forbidden:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
         return real(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match="cannot list .*tree/b': Permission denied"):
+    with pytest.raises(UserError, match=f"cannot list .*{forbidden}': Permission denied"):
         load_dataset(str(tree), "train")
 
 
@@ -481,8 +483,27 @@ def encoded(array, kind):
 ])
 def test_files_that_cannot_be_decoded_are_named_with_the_reason(tmp_path, content, words):
     (tmp_path / "broken.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=f"broken.jpg' cannot be decoded .*{words}"):
+    words = f"broken.jpg' cannot be decoded .*{words}.*--skip-unreadable"
+    with pytest.raises(UserError, match=words):
         data.read_image(str(tmp_path / "broken.jpg"))
+
+
+def test_a_jpeg_may_be_larger_than_pillows_limit(tmp_path, monkeypatch):
+    """As a photo of 190 Mpx: it is decoded by torchvision, and so readable in data.py as well."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for kind in ("JPEG", "PNG"):
+        (tmp_path / kind).write_bytes(encoded(NOISE, kind))
+    assert data.read_image(str(tmp_path / "JPEG")).shape == (3, 64, 64)
+    with pytest.raises(UserError, match="exceeds limit"):
+        data.read_image(str(tmp_path / "PNG"))
+
+
+def test_too_little_memory_is_no_fault_of_the_picture(tree, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+    monkeypatch.setattr(data.Image, "open", full)
+    with pytest.raises(UserError, match="cannot read .*000.png': out of memory$"):
+        data.read_image(str(tree / "a" / "000.png"))
 
 
 def test_no_file_starts_another_program(tmp_path, monkeypatch):
@@ -549,6 +570,26 @@ def test_names_that_no_terminal_can_print_are_escaped_in_one_line(tmp_path, tree
     assert result.returncode == 0, result.stderr
     assert "(b, c, caf\\udce9" in result.stdout
     assert "x\\udcff\\ny.jpg' cannot be decoded" in result.stdout
+
+
+def test_twelve_bits_stored_in_sixteen_are_noticed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    twelve = (NOISE[..., 0].astype(np.uint16) << 4) + 15
+    (tmp_path / "scans").mkdir()
+    for i in range(2):
+        Image.fromarray(twelve << 4 * i).save(tmp_path / "scans" / f"{i}.png")
+    data.describe("scans")
+    assert "nearly black: 1 of 2 looked at (12 bits stored in 16?" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_data_py_is_one_line(tmp_path, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "scandir", interrupt)
+    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(data.__file__, run_name="__main__")
+    assert stopped.value.code == "interrupted"                # Python prints it; the code is 1
 
 
 def test_data_py_without_a_dataset_says_what_to_pass(tmp_path):

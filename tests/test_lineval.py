@@ -1,6 +1,7 @@
 """Every measure against its naive formula; the verdict; the report as a user gets it; bad input."""
 import json
 import math
+import runpy
 import shutil
 from functools import partial
 
@@ -456,7 +457,11 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     (tmp_path / "damaged" / "args.json").write_text("{")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     torch.save([1, 2], tmp_path / "list.pt")
-    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pt")
+    weights = build_backbone("resnet18").state_dict()
+    torch.save(weights, tmp_path / "resnet18.pt")
+    weights["layer3.0.conv1.weight"][0, 0] = math.nan
+    torch.save(weights, tmp_path / "nan.pt")
+    (tmp_path / "x.safetensors").write_bytes(b"x")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "resnet18.pt").read_bytes()[:10 ** 6])
     monkeypatch.chdir(tmp_path)
     bare = ["--arch", "resnet18", "--data", str(images), "--image-size", "72", "--weights"]
@@ -475,11 +480,63 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
         ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),
         ([*bare, "list.pt"], ["list.pt", "state dict"]),
+        ([*bare, "nan.pt"], ["nan.pt: layer3.0.conv1.weight", "not finite"]),
+        ([*bare, "x.safetensors"], ["x.safetensors", "torch.save"]),
+        ([*bare, ""], ["--weights is empty"]),
+        ([str(run), "--data", ""], ["--data is empty"]),
         ([*bare, "resnet18.pt", "--arch", "resnet50"], ["resnet18.pt", "does not fit", "timm"]),
     ):
         line = error_of(lineval.main, argv, capsys)
         assert all(word in line for word in words), (argv, line)
     one_line_error(run_script("lineval.py", "nowhere", cwd=tmp_path), "nowhere")
+
+
+def test_damaged_settings_are_one_line_and_a_damaged_log_is_no_matter(run, images, tmp_path, capsys,
+                                                                     monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run")
+    whole = (folder / "args.json").read_text()
+    for content in ("{", "[1]", "null", "{}", '{"arch": "vit", "image_size": 32}',
+                    '{"arch": "resnet18", "image_size": "x"}'):
+        (folder / "args.json").write_text(content)
+        line = error_of(lineval.main, [str(folder)], capsys)
+        assert "args.json is damaged" in line and "--weights" in line
+    (folder / "args.json").write_text(whole)
+    for content in (b"step\nsix\n", b"step\n1,2\n", b"step\n\xff\n"):
+        (folder / "log.csv").write_bytes(content)
+        with pytest.raises(ValueError):
+            lineval.read_log(folder / "log.csv")
+    monkeypatch.setattr(lineval, "measure",
+                        lambda *_: (report(own=0.2), torch.zeros(96, 3), torch.zeros(10, 8)))
+    assert "no better" in lineval.evaluate(lineval.read_flags([str(folder)]), folder).report["verdict"]
+    assert "log.csv is damaged" in capsys.readouterr().out
+
+
+def test_the_table_is_printed_whatever_happens_after(tmp_path, capsys, monkeypatch):
+    whole = report(verdict="done")
+    monkeypatch.setattr(lineval, "evaluate", lambda args, run: lineval.SimpleNamespace(
+        run=run, title="a run", twin="", networks=["random"], report={"random": whole, "data": "x", "verdict": "done"},
+        settings={"data": "x"}, splits=None, picks=None))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.UserError, match="cannot write .*file'"):
+        lineval.main(["run", "--out", str(tmp_path / "file")])
+    output = capsys.readouterr().out
+    assert "own view found %" in output and "a run: done" in output
+
+
+def test_features_are_refused_before_the_long_work(run, capsys, monkeypatch):
+    monkeypatch.setattr(lineval, "measure", None)
+    for file, words in (("x.npy", "ends in .npz"), ("/nowhere/x.npz", "cannot write '/nowhere/x.npz'")):
+        assert words in error_of(lineval.main, [str(run), "--features", file, *FLAGS], capsys)
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "load_dataset", interrupt)
+    monkeypatch.setattr("sys.argv", ["lineval.py", "--weights", "x", "--arch", "resnet18"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(lineval.__file__, run_name="__main__")
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_pickle_with_code_as_weights_runs_nothing(tmp_path):

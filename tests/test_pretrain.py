@@ -2,8 +2,11 @@
 import csv
 import json
 import math
+import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -180,6 +183,91 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
     assert not list(tmp_path.iterdir())
 
 
+class TakesMemory:
+    """Views whose worker holds half a GiB more than this process."""
+    size, held = 16, b""
+
+    def __getitem__(self, index):
+        self.held = self.held or b"x" * 2 ** 29
+        return torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, 8), index
+
+
+def test_dry_run_tells_the_memory_of_a_worker(capsys):
+    loader = data.iterate(TakesMemory(), ([0] for _ in range(99)), 1, 1)
+    steps = pretrain.Batches(loader, torch.device("cpu"), count=4)
+    assert len(list(steps)) == 4
+    args = SimpleNamespace(batch_size=1, workers=1)
+    pretrain.report_dry_run(args, loader, steps, 1000)
+    assert float(re.search(r"([0-9.]+) GiB a loader worker", capsys.readouterr().out)[1]) > 0.6
+
+
+def test_memory_is_told_in_each_systems_unit(monkeypatch):
+    cpu = torch.device("cpu")
+    own = float(pretrain.peak_memory(cpu).split()[0])
+    assert 0.2 < own < 30
+    monkeypatch.setattr(sys, "platform", "darwin")                           # bytes, not KiB
+    assert float(pretrain.peak_memory(cpu).split()[0]) < 0.1
+    monkeypatch.setitem(sys.modules, "resource", None)                       # Windows
+    assert pretrain.peak_memory(cpu) == "unknown on this system"
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def signal_at_the_first_step(monkeypatch, *numbers):
+    """Have this process get signals while it augments its first batches, one each."""
+    left, augment = list(numbers), data.augment
+
+    def interrupted(*views):
+        if left:
+            os.kill(os.getpid(), left.pop(0))
+        return augment(*views)
+    monkeypatch.setattr(data, "augment", interrupted)
+
+
+def test_ctrl_c_ends_a_dry_run_at_once(images, monkeypatch):
+    signal_at_the_first_step(monkeypatch, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(["--data", str(images), "--dry-run", *TINY])
+
+
+def test_a_signal_saves_and_the_handlers_are_gone_afterwards(images, tmp_path, capsys, monkeypatch):
+    """As in a notebook; and after --restart the message names the command that does continue."""
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    signal_at_the_first_step(monkeypatch, 0, 0, 0, signal.SIGHUP)            # not in views.png
+    code = pretrain.main(["--data", str(images), "--out", "run", "--restart", *TINY])
+    output = capsys.readouterr().out
+    assert code == 128 + signal.SIGHUP and "stopping after this step; again to stop now" in output
+    assert "saved run/last.pt after step 1 of 12; the same command without --restart" in output
+    assert torch.load("run/last.pt", weights_only=True)["step"] == 1
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypatch):
+    def end(code):
+        raise SystemExit(code)
+    monkeypatch.setattr(os, "_exit", end)
+    for number in SIGNALS:
+        stop = pretrain.StopSignals()
+        os.kill(os.getpid(), number)
+        assert stop.asked == number and "again to stop now" in capsys.readouterr().out
+        with pytest.raises(SystemExit) as stopped:
+            os.kill(os.getpid(), number)
+        assert stopped.value.code == 128 + number
+        stop.restore()
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "load_dataset", interrupt)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(pretrain.__file__, run_name="__main__")
+    assert stopped.value.code == "interrupted before the first step: nothing was saved"
+
+
 def test_dry_run_of_a_slow_loader_tells_the_loaders_speed(images, capsys, monkeypatch):
     """Steps that find their batches ready look faster than the run will be."""
     views = data.TwoViews(data.load_dataset(str(images), "train"), 32)
@@ -218,6 +306,31 @@ def test_a_folder_has_one_owner(run, images, tmp_path):
     pretrain.lock(folder)
 
 
+@pytest.mark.parametrize("names", [["lock", "args.json.tmp"], ["lock", "args.json", "views.png"]])
+def test_a_run_of_no_step_is_not_kept(images, tmp_path, names):
+    """Killed while it started: the same command, or one with other settings, takes the folder."""
+    for name in names:
+        (tmp_path / name).write_text("{")
+    args = resolved(images, *TINY)
+    assert pretrain.open_run(tmp_path, args) is None
+    assert json.loads((tmp_path / "args.json").read_text())["dim"] == 128
+
+
+def test_a_folder_stays_ours_while_it_is_cleared(run, images, tmp_path, monkeypatch):
+    folder = copy_of(run, tmp_path)
+    unlink, args = type(folder).unlink, resolved(images, *TINY, "--restart")
+
+    def killed(path):
+        unlink(path)
+        raise KeyboardInterrupt
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder), "unlink", killed)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain.open_run(folder, args)
+    assert pretrain.open_run(folder, args) is None
+
+
 @pytest.mark.parametrize("flags", [[], ["--restart"]])
 @pytest.mark.parametrize("files", [{"map.png": "a map"}, {"log.csv": "day,rain"}])
 def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, capsys):
@@ -245,9 +358,21 @@ def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, c
     (["--out", __file__], [__file__, "cannot write"]),
     (["--init", "nowhere.pt"], ["nowhere.pt", "does not exist"]),
     (["--epochs", "x"], ["epochs"]),
+    (["--dim", "1000000000"], ["--dim 1000000000"]),
+    (["--hidden-dim", "1e9x"], ["--hidden-dim"]),
+    (["--queue-size", "1000000000000"], ["--queue-size 1000000000000"]),
+    (["--workers", "1000000"], ["--workers 1000000"]),
+    (["--image-size", "0"], ["--image-size 0"]),
+    (["--data", ""], ["--data is empty"]),
+    (["--init", ""], ["--init is empty"]),
+    (["--out", ""], ["--out is empty"]),
+    (["--local-rank=0"], ["--local-rank=0", "torchrun"]),
+    (["--local_rank", "0"], ["--local_rank", "torchrun"]),
+    (["--init", "x.safetensors"], ["x.safetensors", "torch.save"]),
 ])
 def test_bad_settings_are_one_line(images, tmp_path, flags, words, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"x")
     line = error_of(pretrain.main, ["--data", images, *TINY, *flags], capsys)
     assert all(w in line for w in words), line
     assert not (tmp_path / "runs").exists()
@@ -271,11 +396,15 @@ def test_unreadable_images_can_be_left_out_and_are_named(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     folder = write_images(tmp_path / "images", 48)
     sorted((folder / "train").rglob("*.png"))[20].write_bytes(b"no image")
+    (folder / "train" / "a" / "photo.heic").write_bytes(b"x")
     sixteen = [*TINY[:-4], "--epochs", "1", "--warmup-epochs", "0", "--workers", "0"]
     flags = ["--data", str(folder), "--out", "run", *sixteen, "--skip-unreadable"]
+    flags += ["--classes", "none"]
     assert pretrain.main(flags) == 0
     output = capsys.readouterr().out
     assert "training without 1 of 48 files" in output and "cannot be decoded" in output
+    assert "left out, since no image: 1 .heic" in output
+    assert "images that find their own view" in output and "kNN of" not in output
     assert json.loads((tmp_path / "run" / "args.json").read_text())["images"] == 47
 
 
@@ -287,11 +416,41 @@ def test_what_was_lost_for_ever_is_not_asked_for_again(run, images, tmp_path, ca
     assert "epochs was 2, now 4" in line and f"--init {folder / 'backbone.pt'} --out NEW" in line
 
 
+def test_settings_are_stored_as_used_and_the_start_file_is_needed_once(run, images, tmp_path,
+                                                                        capsys, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    assert resolved(images.name, *TINY, "--init", "x.pt").init == str(images.parent / "x.pt")
+    folder = copy_of(run, tmp_path)
+    flags = ["--data", images.name, "--init", "gone.pt", "--out", str(folder), *TINY]
+    assert pretrain.main(flags) == 0
+    assert "done: 12 steps" in capsys.readouterr().out
+
+
 def test_a_damaged_log_is_put_aside(run, images, tmp_path):
     folder = copy_of(run, tmp_path)
-    (folder / "log.csv").write_text("epoch,step\n1,six\n")
-    pretrain.cut_log(folder / "log.csv", 17)
-    assert (folder / "log.damaged").exists() and not (folder / "log.csv").exists()
+    for content in (b"epoch,step\n1,six\n", b"epoch,step\n1,2,3\n", b"epoch\n\xff\n", b"\0\n1\n\0"):
+        (folder / "log.csv").write_bytes(content)
+        pretrain.cut_log(folder / "log.csv", 17)
+        assert (folder / "log.damaged").read_bytes() == content and not (folder / "log.csv").exists()
+
+
+def test_a_checkpoint_of_another_structure_is_one_line(run, images, tmp_path):
+    """Whole files that torch.load reads, but that are none of ours; only some of 144 kinds that were tried."""
+    args, log = resolved(images, *TINY), (run[0] / "log.csv").read_bytes()
+    good = torch.load(run[0] / "last.pt", weights_only=True)
+    encoder = Encoder("mobilenetv3_small", 128, 32, True)
+    for change in (dict(settings=[1]), dict(settings=None), dict(step=-5), dict(step="x"), dict(log_bytes=-5),
+                   dict(encoder={}), dict(key_encoder=None), dict(optimizer=3), dict(queue=[1]),
+                   dict(queue=good["queue"] | {"pointer": 10 ** 30}), dict(queue=good["queue"] | {"keys": 0}),
+                   dict(optimizer=good["optimizer"] | {"state": {0: {"momentum_buffer": torch.zeros(2)}}})):
+        checkpoint = good | change
+        optimizer = torch.optim.SGD(encoder.parameters(), 0.1, 0.9)
+        with pytest.raises(data.UserError, match="last.pt.*--restart") as error:
+            pretrain.compare_settings(run[0], checkpoint, args)
+            pretrain.restore(checkpoint, run[0], encoder, encoder, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                             KeyQueue(32, 128))
+        assert "\n" not in str(error.value), change
+    assert (run[0] / "log.csv").read_bytes() == log
 
 
 def test_rows_after_the_checkpoint_are_dropped_from_the_log(tmp_path):

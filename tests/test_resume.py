@@ -208,6 +208,39 @@ def test_full_disk_stops_with_one_line_and_the_last_checkpoint_is_whole(images, 
     assert path.read_bytes() == before and not list((folder / "run").glob("*.tmp"))
 
 
+def test_a_terminal_that_is_gone_never_costs_the_run(images, undisturbed, tmp_path):
+    """`pretrain.py | head -1`"""
+    process = start(images, tmp_path / "head")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(100) == 0 and process.stderr.read() == ""
+    assert_identical(undisturbed, tmp_path / "head")
+
+
+def test_weights_and_checkpoint_agree_after_a_kill_between_their_writes(images, tmp_path, monkeypatch):
+    """In the first and the last save; and the order in which things reach the disk: last.pt promises the others."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(images), *RUN, *TINY, "--image-size", "16", "--batch-size", "32"]
+    write, flush, flushed = pretrain.write, pretrain.flush, []
+
+    def killed(path, content):
+        if path.name == name and (tmp_path / "run" / "last.pt").exists():
+            raise KeyboardInterrupt
+        write(path, content)
+    monkeypatch.setattr(pretrain, "write", killed)
+    for name in ("backbone.json", "last.pt"):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(flags)
+        assert (tmp_path / "run" / "backbone.json").exists() == (name == "last.pt")
+    name = None                                                     # now to the end
+    monkeypatch.setattr(pretrain, "flush", lambda path: (flushed.append(path.name), flush(path)))
+    assert pretrain.main(flags) == 0
+    encoder = torch.load("run/last.pt", weights_only=True)["encoder"]
+    backbone = torch.load("run/backbone.pt", weights_only=True)
+    assert all(torch.equal(value, encoder["backbone." + key]) for key, value in backbone.items())
+    assert " ".join(flushed) == "backbone.pt.tmp run log.csv last.pt.tmp run"
+
+
 def test_changed_dataset_is_refused(images, undisturbed, tmp_path, capsys, monkeypatch):
     folder, moved = tmp_path / "run_copy", tmp_path / "images"
     shutil.copytree(undisturbed, folder)
@@ -215,4 +248,4 @@ def test_changed_dataset_is_refused(images, undisturbed, tmp_path, capsys, monke
     next((moved / "train").rglob("*.png")).unlink()
     monkeypatch.chdir(folder)
     line = error_of(pretrain.main, ["--data", moved, *STEPS], capsys)
-    assert "dataset was" in line and "--restart" in line
+    assert "(96 images before, 95 now, or others;" in line and "--restart" in line

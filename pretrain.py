@@ -982,6 +982,10 @@ def run(argv=None):
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step: nothing was saved")
     except Exception as error:
+        if any(words in str(error) for words in ("out of memory", "allocate memory")):
+            reason = str(error).splitlines()[0][:100]
+            data.exit_with(data.LocalError(f"too little memory ({reason}): pass a smaller "
+                                           f"--batch-size, --image-size or --queue-size"))
         # gloo and NCCL report that a process has left; its own message says why.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             print(f"process {os.environ['RANK']} ends, since another one did: "

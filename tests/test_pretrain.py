@@ -378,6 +378,16 @@ def test_bad_settings_are_one_line(images, tmp_path, flags, words, capsys, monke
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nGPU 0"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    def main(_):
+        raise error
+    monkeypatch.setattr(pretrain, "main", main)
+    line = error_of(pretrain.run, [], capsys)
+    assert "too little memory (" in line and "--batch-size" in line
+
+
 def test_errors_reach_the_shell_as_one_line(images, tmp_path):
     one_line_error(run_script("pretrain.py", "--data", tmp_path / "nowhere", cwd=tmp_path), "nowhere", "does not exist")
 

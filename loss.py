@@ -70,7 +70,8 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
         logits = torch.cat([positive, negatives], 1) / temperature           # (N, 1 + K)
         nearest, rows = logits[:, 1:].topk(max(1, neighbors))                # (N, n), best first
         if neighbors > 0:
-            weights = neighbor_weights(neighbors, weighting).to(q)           # (n,)
+            weights = neighbor_weights(neighbors, weighting)                 # (n,)
+            weights = weights.to(q, non_blocking=True)       # or the host would wait for the GPU
             soft = nearest @ weights
         else:
             soft = logits[:, 1:].mean(1)

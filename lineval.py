@@ -491,22 +491,31 @@ def measure(net, splits, args, size, title, picks, features_file=None):
             report["augmented_top1"] = train_on_crops(
                 net, splits, splits.train_rows, val, size, frozen=True, lr=30, epochs=args.epochs,
                 seed=args.seed, **options)
-        report["few_labels"] = []
-        for share in args.shares:
-            some = some_labels(train_y, share, args.seed)
-            row = dict(labels=len(some), linear=linear_probe(
-                train_x[some], train_y[some], val_x, val_y, seed=args.seed,
-                device=own_device())["top1"])
-            if args.finetune:
-                row["finetuned"], row["lr"] = finetune(
-                    net, splits, splits.train_rows[some], size, epochs=args.epochs, seed=args.seed,
-                    **options)
-            report["few_labels"].append(row)
+        report["few_labels"] = measure_few_labels(net, splits, knowledge, probe, args, size,
+                                                  **options)
     report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
     if features_file:
         write_features(features_file, splits, train_x, val_x)
     _, near = neighbors(unit(val_x[picks]), unit(train_x), 8, device=own_device())
     return report, val_x, splits.train_rows[near]
+
+
+def measure_few_labels(net, splits, knowledge, probe, args, size, **options):
+    """The linear probe, and with --finetune the network trained too, for --shares of the labels
+    -> a list of {"labels": ..., "linear": ...}, fewest first. `probe`: that of all labels."""
+    train_x, train_y, val_x, val_y = knowledge
+    rows = []
+    for share in sorted(args.shares):
+        some = some_labels(train_y, share, args.seed)
+        row = dict(labels=len(some), linear=probe["top1"])
+        if len(some) < len(train_y):
+            row["linear"] = linear_probe(train_x[some], train_y[some], val_x, val_y, seed=args.seed,
+                                         device=own_device())["top1"]
+        if args.finetune:
+            row["finetuned"], row["lr"] = finetune(net, splits, splits.train_rows[some], size,
+                                                   epochs=args.epochs, seed=args.seed, **options)
+        rows.append(row)
+    return rows
 
 
 def write_features(file, splits, train_x, val_x):

@@ -89,7 +89,7 @@ def scale_to(images, args):
     has moved on by then. So its memory is the square root of the run's steps (MoCo's 0.999 is that
     for a million), and the queue is as old as a tenth of this memory, so that its keys agree. A run
     of 10,000 steps remembers 100 (momentum 0.99), and its queue holds the keys of 10 steps.
-    No smoothing: in short runs it has helped nothing, and cost much on the shapes.
+    No smoothing: in short runs it has helped nothing.
     """
     if args.data == "shapes":
         scale = dict(batch_size=128, epochs=8, warmup_epochs=0.5, lr=0.06, temperature=0.2,

@@ -150,3 +150,46 @@ def test_the_whole_algorithm_does_what_pretrain_does(tmp_path, monkeypatch):
         torch.testing.assert_close(value, saved["encoder"][name], atol=1e-9, rtol=1e-9)
     for name, value in here["key_encoder"].named_parameters():
         torch.testing.assert_close(value.data, saved["key_encoder"][name], atol=1e-9, rtol=1e-9)
+
+
+# ------------------------------------------------- the laboratory
+
+LABORATORY = (ROOT / "assets" / "LABORATORY.md").read_text()
+
+
+def solution(start):
+    """The laboratory's block of code that begins so -> its names."""
+    here = {}
+    exec(re.search(rf"```python\n({start}.*?)```", LABORATORY, re.S)[1], here)
+    return here
+
+
+def test_the_laboratorys_commands_are_pretrains():
+    commands = re.findall(r"^python pretrain.py (.*)$", LABORATORY, re.M)
+    assert len(commands) >= 8
+    for command in commands:
+        pretrain.read_args(command.split())
+
+
+def test_the_laboratorys_nt_xent_is_the_formula():
+    nt_xent = solution("import torch\n")["nt_xent"]
+    z1, z2 = (torch.nn.functional.normalize(torch.randn(5, 3).double(), dim=1) for _ in range(2))
+    views = [*z1, *z2]
+    total = 0
+    for i, view in enumerate(views):
+        others = [(view @ other / 0.2).exp() for j, other in enumerate(views) if j != i]
+        total -= ((view @ views[(i + 5) % 10] / 0.2).exp() / sum(others)).log()
+    torch.testing.assert_close(nt_xent(z1, z2, 0.2), total / 10)
+
+
+def test_the_laboratorys_new_network_is_torchvisions(monkeypatch):
+    import models
+    from torchvision.models import resnet101
+    monkeypatch.setattr(models, "ARCHS", dict(models.ARCHS))
+    solution("from functools")
+    theirs = resnet101().eval()
+    ours = build_backbone("resnet101").eval()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    theirs.fc = torch.nn.Identity()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)

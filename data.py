@@ -66,8 +66,8 @@ def permutation(n, *key):
 def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
     """Yield this process's list of (epoch, index) for each step: its part of the global batch.
 
-    The global batch of step t of an epoch is permutation(seed, epoch)[t * batch : (t + 1) * batch];
-    the rest is dropped.
+    The global batch of step t of an epoch is rows t * batch to (t + 1) * batch of
+    permutation(n, ORDER, seed, epoch); the rest is dropped.
     """
     per_epoch = n // batch_size
     part = batch_size // world
@@ -94,7 +94,7 @@ class TwoViews:
     Item (epoch, index) -> crops (2, 3, S, S) uint8, params (2, 8) float32, index: a function of
     (seed, epoch, index) alone. A crop has `min_scale` to 1 of the image's area and an aspect of
     3/4 to 4/3, and is resized to S x S. jitter: strengths of brightness, contrast, saturation and
-    hue, applied with probability `jitter_p`. blur: a Gaussian of 0.1 to 2 pixels of the crop.
+    hue, applied with probability `jitter_p`. blur: a Gaussian of sigma 0.1 to 2 pixels of the crop.
     """
 
     def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1),
@@ -175,14 +175,17 @@ def augment(crops, params):
     params = params.to(x.device, x.dtype, non_blocking=True)
     x = torch.where(params[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
     order = ORDERINGS[plan[:, ORDERING].long()]                           # (N, 4)
-    for turn in range(4):
+    # Every image has its own order: at each of four places, each step takes the images whose turn
+    # it is.
+    for place in range(4):
         for number, adjust in enumerate(COLOR_STEPS):
             column = BRIGHTNESS + number
             neutral = 0 if column == HUE else 1
-            chosen = (order[:, turn] == number) & (plan[:, column] != neutral)
+            chosen = (order[:, place] == number) & (plan[:, column] != neutral)
             apply_to(x, chosen, adjust, params[:, column])
     apply_to(x, plan[:, GRAY] > 0.5, make_gray, params[:, GRAY])
     apply_to(x, plan[:, SIGMA] > 0, gaussian_blur, params[:, SIGMA])
+    # (x - mean) / std, as one multiplication and addition.
     scale = 1 / torch.tensor(STD, dtype=x.dtype).view(3, 1, 1)
     shift = -torch.tensor(MEAN, dtype=x.dtype).view(3, 1, 1) * scale
     scale, shift = scale.to(x.device, non_blocking=True), shift.to(x.device, non_blocking=True)
@@ -221,7 +224,8 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, turn):
     """Turn the hue of HSV by `turn` in [-0.5, 0.5].
 
-    A channel is least + range * clamp(triangle(hue)): the closed form of HSV -> RGB.
+    Along the colour circle each channel rises, stays, falls: a triangle, clipped. So it is
+    low + span * clipped triangle(hue), the closed form of HSV -> RGB.
     """
     r, g, b = x.unbind(1)                                                 # (N, S, S) each
     low, high = x.amin(1), x.amax(1)
@@ -243,8 +247,10 @@ def gaussian_blur(x, sigma):
     """x (N, 3, S, S), sigma (N, 1, 1, 1) in pixels: 13 taps along each axis, mirrored borders."""
     n = len(x)
     taps = torch.arange(-6, 7, device=x.device)
-    weight = torch.softmax(-0.5 * (taps / sigma) ** 2, 3).to(x.dtype)     # (N, 1, 1, 13)
-    x = F.pad(x, (6, 6, 6, 6), mode="reflect").transpose(0, 1)            # images as channels
+    # A softmax of -t^2 / 2 sigma^2 is a Gaussian that sums to 1: (N, 1, 1, 13).
+    weight = torch.softmax(-0.5 * (taps / sigma) ** 2, 3).to(x.dtype)
+    # With images as channels, a grouped convolution has one filter an image.
+    x = F.pad(x, (6, 6, 6, 6), mode="reflect").transpose(0, 1)            # (3, N, ...)
     x = F.conv2d(x, weight, groups=n)                                     # (3, N, S + 12, S)
     x = F.conv2d(x, weight.transpose(2, 3), groups=n)
     return x.transpose(0, 1)
@@ -253,8 +259,10 @@ def gaussian_blur(x, sigma):
 # ------------------------------------------------- the view for evaluation
 
 class CenterView:
-    """Item index -> crops (1, 3, S, S) uint8, params (1, 8) that change nothing, index: the short
-    side to 256/224 of S, then the central S x S. S <= 64: a plain resize.
+    """Item index -> crops (1, 3, S, S) uint8, params (1, 8) that change nothing, index.
+
+    The short side is resized to 256/224 of S, then the central S x S is cut; S <= 64: a plain
+    resize.
     """
 
     def __init__(self, dataset, image_size):

@@ -8,7 +8,8 @@
 
 A network is frozen, its features are computed once, and simple readers are asked what is in them:
 
-    x = backbone(image),  z = x / |x|                 z' : z of an augmented view of the image
+    x = backbone(image),  z = x / |x|
+    z' : z of an augmented view of the same image, z_j : z of another image
     linear probe      argmax_c  w_c . x + b_c          w, b fitted on the training images
     kNN               each near training image votes for its class by exp(z . z_near / 0.07)
     own view found    z . z'  >  z . z_j               for every other image j
@@ -18,10 +19,13 @@ A network is frozen, its features are computed once, and simple readers are aske
     effective rank    exp(entropy of the singular values of z - mean z, as shares)
 
 A number alone says little, since an untrained network already has useful features. So all stand
-beside the same network with random weights. The last five need no training: [Small] (arXiv
-2107.14762) has own view found, alignment, uniformity and distances within classes. Labels serve
-the report alone, and without any it does with what is left. All views are made by MoCo v2's
+beside the same network with random weights.
+
+The last five tell no class: they describe how the features lie. [Small] (arXiv 2107.14762) has own
+view found, alignment, uniformity and distances within classes. All views are made by MoCo v2's
 augmentations, whatever a run was trained with, so that runs compare.
+
+Labels serve the report alone, and without any it does with what is left.
 """
 import argparse
 import copy
@@ -204,7 +208,8 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         say(f"linear probe: fitted to {len(order):,} of {len(train_x):,} images, to save memory")
     x, y = train_x[order].to(device), train_y[order].to(device)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
-    # Constant features become 0. Relative, since a random network's features can be tiny.
+    # Constant features become 0, as 1 / sqrt(inf). Relative, since a random network's features
+    # can be tiny.
     var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
     mean, scale = mean.float(), (var * x.shape[1]).rsqrt().float()
     x = (x - mean) * scale
@@ -218,7 +223,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)
     weight, bias = fit_softmax(x, y, classes, decay)
-    scores = (val_x.to(device) - mean) * scale @ weight + bias
+    scores = ((val_x.to(device) - mean) * scale) @ weight + bias
     return dict(top1=accuracy(scores.argmax(1).cpu(), val_y), weight_decay=decay,
                 held_out=held_out[decay], rows=len(x))
 
@@ -229,8 +234,8 @@ def train_on_crops(net, splits, rows, judged, size, *, frozen, lr, epochs=100, s
     frozen network or together with it (fine-tuning). rows (N,) of the training split, judged: a
     pair (dataset, rows) -> accuracy on it.
 
-    frozen: crops from 0.08 on, a tenth of the rate after 60 and 80 % of the epochs; else crops from
-    0.2 on, after 40 and 70 %. Batches of 256, fewer where there are fewer images.
+    Crops have at least 0.08 of the image; the rate falls to a tenth after 60 and 80 % of the
+    epochs. Not frozen: 0.2; 40 and 70 %. Batches of 256, or all images if fewer.
     """
     min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
     views = TwoViews(splits.train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
@@ -296,8 +301,9 @@ COLLAPSED = 1e-12         # mean squared distance below which unit rows differ b
 
 def find_own(x, positive):
     """Compare each row of x (N, F) with its row of `positive`, and with all other rows of x
-    -> share of rows to which no other is as near (chance 1 / N), share of all others that are
-    farther away (chance 1/2). To a network that has collapsed all are equally near: 0, 0."""
+    -> share of images that are nearer to their own view than every other image is (chance 1 / N),
+    share of all other images that are farther away (chance 1/2). To a network that has collapsed
+    all are equally near: 0, 0."""
     x = unit(x)
     own = (x * unit(positive)).sum(1, keepdim=True)                      # (N, 1)
     n, found, nearer = len(x), 0, 0
@@ -318,14 +324,16 @@ def class_distances(x, labels):
     """intra_class: mean |x_i - x_j|^2 within a class, the mean over classes; inter_class: the
     mean over pairs of different classes; over_clustering: their ratio. x (N, F) unit rows."""
     groups = [x[labels == c] for c in labels.unique()]
-    within = [(len(group) * (len(group) - 1), mean_distance(group))
+    within = [(len(group) * (len(group) - 1), mean_distance(group))      # pairs, their mean
               for group in groups if len(group) > 1]
     if not within or len(groups) < 2:
         return {}
     intra = sum(distance for _, distance in within) / len(within)
     pairs = len(x) * (len(x) - 1)
     rest = pairs - sum(count for count, _ in within)                     # of different classes
-    inter = (pairs * mean_distance(x) - sum(n * distance for n, distance in within)) / rest
+    # The sum over those is the sum over all pairs, less the sum over pairs within a class.
+    total = pairs * mean_distance(x) - sum(count * distance for count, distance in within)
+    inter = total / rest
     out = dict(intra_class=intra, inter_class=inter)
     if inter > COLLAPSED:
         out["over_clustering"] = intra / inter
@@ -709,6 +717,8 @@ def draw_curve(log_csv, png):
         chance = [(row["step"], row[CHANCES[name]]) for row in rows if CHANCES[name] in row]
         (first, start), (last, end) = points[0], points[-1]
         title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
+        if chance:
+            title += " (gray: chance)"
         top = 28 + 170 * number
         places = panel(pen, (20, top, 580, top + 140), title, chance + points)
         draw_line(pen, places[:len(chance)], GRAY)

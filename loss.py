@@ -2,26 +2,30 @@
 they all differ.
 
 A query q (one view) has a positive key k (the other view of the same image) and K negative keys
-(views of other images, kept in a queue). All have length 1, so a product is a cosine:
+(views of other images, kept in a queue). To find the positive among 1 + K keys is a classification.
+All keys have length 1, so a product is a cosine. A small temperature lets only the nearest count:
 
     logits = [q.k, q.queue_1, ..., q.queue_K] / temperature                  N x (1 + K)
     p      = softmax(logits)
     loss   = - sum_j target_j log p_j                          the mean over the N queries
 
-InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But among K keys some show the
-query's own kind of thing, and are pushed away; and a view may be a bad crop, which does not deserve
+InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But some of the K keys show the
+query's own kind of thing, and are pushed away. And a view may be a bad crop, which does not deserve
 the whole target. [Light] (arXiv 2212.07158) therefore softens it: 1 - s on the positive, and s
 shared by the negatives most similar to q.
+
 Since log p_j = logit_j - logsumexp(logits) and the target sums to 1, this is
 
     loss = logsumexp(logits) - (1 - s) logit_positive - s sum_j w_j logit_(j)
 
-with (j) the j-th nearest key of the queue, and w_j its share: w_1 + ... + w_n = 1.
+    logit_(j) : that of the j-th nearest key of the queue
+    w_j       : its share of s, w_1 + ... + w_n = 1
 """
 import torch
 
 WEIGHTINGS = ("uniform", "tiered", "geometric")
-TIERS = {5: (1, 2, 2), 10: (1, 3, 6), 20: (2, 6, 12), 30: (3, 9, 18)}    # neighbors: tier sizes
+# Tiers are groups of ranks with one share in common. So many neighbours: the sizes of their tiers.
+TIERS = {5: (1, 2, 2), 10: (1, 3, 6), 20: (2, 6, 12), 30: (3, 9, 18)}
 ROUNDING = 1e-6       # cosines that differ by less count as equal
 
 
@@ -51,7 +55,8 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
     q (N, D), k (N, D), queue (K, D): rows of length 1; only q receives a gradient. The target is
     1 - smoothing on the positive, and smoothing on the `neighbors` most similar rows of the queue,
-    shared by `neighbor_weights`, or evenly on all K for neighbors=0 (ordinary label smoothing).
+    shared by `neighbor_weights`, or evenly on all K for neighbors=0 (label smoothing over the
+    negatives).
     smoothing=0 is plain InfoNCE. Computed in float32 or wider, whatever autocast says.
 
     info, detached: accuracy (scalar, share of queries whose positive is above every negative),
@@ -68,6 +73,7 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
         positive = (q * k).sum(1, keepdim=True)                              # (N, 1)
         negatives = q @ queue.T                                              # (N, K)
         logits = torch.cat([positive, negatives], 1) / temperature           # (N, 1 + K)
+        # At least one, for info["nearest"].
         nearest, rows = logits[:, 1:].topk(max(1, neighbors))                # (N, n), best first
         if neighbors > 0:
             weights = neighbor_weights(neighbors, weighting)                 # (n,)

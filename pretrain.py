@@ -56,9 +56,9 @@ MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
     neighbors=0,            # how many share it
     weighting="uniform",    # and how, see loss.py
     queue_size=65536,
-    key_momentum=0.999,     # of the key encoder, a step
+    key_momentum=0.999,     # share of the old key encoder that a step keeps
     dim=128,                # of the embedding
-    hidden_dim="1x",        # of the projection head: a width, or one in feature widths
+    hidden_dim="1x",        # of the projection head: a number, or 2x: twice the feature's width
     min_scale=0.2,          # least share of the image in a crop
     jitter=[0.4, 0.4, 0.4, 0.1],     # brightness, contrast, saturation, hue
     jitter_p=0.8,
@@ -83,18 +83,21 @@ RECIPES = {
 
 
 def scale_to(images, args):
-    """What a dataset of up to 200,000 images overrides in a recipe: ours, see assets/RESULTS.md.
+    """Settings for datasets of up to 200,000 images, instead of the recipe's: our rule, see
+    assets/RESULTS.md.
 
     The key encoder remembers 1 / (1 - momentum) steps: too many for a short run, whose network
-    has moved on by then. So its memory is the square root of the run's steps (MoCo's 0.999 is that
-    for a million), and the queue is as old as a tenth of this memory, so that its keys agree. A run
-    of 10,000 steps remembers 100 (momentum 0.99), and its queue holds the keys of 10 steps.
+    has moved on by then. So its memory is the square root of the run's steps. (MoCo's 0.999 is that
+    for a million.) The queue's keys are at most a tenth of this memory old, so that they agree. A
+    run of 10,000 steps remembers 100, momentum 0.99, and its queue holds the keys of 10 steps.
+
     No smoothing: in short runs it has helped nothing.
     """
     if args.data == "shapes":
         scale = dict(batch_size=128, epochs=8, warmup_epochs=0.5, lr=0.06, temperature=0.2,
                      jitter_p=0.0, gray_p=0.0, blur_p=0.0)
     else:
+        # up to so many images: batch, epochs
         sizes = {500: (32, 400), 2_000: (64, 400), 20_000: (128, 200), 200_000: (512, 200)}
         fitting = [size for size in sizes if images <= size]
         if not fitting:
@@ -102,12 +105,14 @@ def scale_to(images, args):
         batch_size, epochs = sizes[min(fitting)]
         scale = dict(batch_size=batch_size, epochs=epochs, lr=0.03)
     batch_size = args.batch_size or scale["batch_size"]
-    steps = (args.epochs or scale["epochs"]) * (images // batch_size)
-    memory = min(1000, max(2, math.sqrt(max(steps, 0))))
+    per_epoch = max(1, images // batch_size)
+    steps = (args.epochs or scale["epochs"]) * per_epoch
+    memory = min(1000, max(2, math.sqrt(steps)))
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
-    queue_size = round(keys_a_step * max(1, memory / 10))
-    return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=min(65536, queue_size),
+    age = min(max(1, memory / 10), per_epoch / 2)        # never a whole epoch's keys
+    queue_size = min(65536, round(keys_a_step * age))
+    return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=queue_size,
                         smoothing=0.0)
 
 
@@ -145,15 +150,17 @@ def ema_update(encoder, key_encoder, m):
 def encode_keys(key_encoder, view, order):
     """This process's views (n, 3, S, S) -> keys (N, D) of the whole global batch, in its order.
 
-    Batch norm mixes into every output the mean of the images it was normalised with. Negatives
-    come from earlier batches: were query and key normalised in the same company, only the positive
-    would carry the query's mean, and be found by that instead of by its content. So the slices of
-    the key batch are cut from `order`, a permutation (N,) of the global batch.
+    Batch norm mixes into every output the mean of the images it was normalised with. The negatives
+    come from earlier batches, with other means. So if a query and its key were normalised beside
+    the same images, the positive alone would carry the query's mean: it would be found by that
+    instead of by its content. Therefore the key batch is cut into slices in another order than
+    the queries: that of `order`, a permutation (N,) of the global batch.
     """
-    views = gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)     # stays channels_last
+    # As (n, S, S, 3) a channels_last view is contiguous, which gather needs.
+    views = gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     shuffled = own_part(order)                                       # (n,) rows to encode here
     keys = gather(key_encoder(views[shuffled]))                      # (N, D), permuted
-    return keys[order.argsort()]
+    return keys[order.argsort()]                                     # argsort undoes a permutation
 
 
 def lr_at(step, per_epoch, args):
@@ -183,7 +190,7 @@ def pretrain(args, stop):
     # -- processes, device, data
     rank, world = start_processes()
     device = own_device()
-    typed = vars(args).copy()
+    typed = vars(args).copy()                            # before the rest is filled in
     dataset = lineval.in_turn(args.data, lambda: data.load_dataset(args.data, "train",
                                                                    args.classes != "none"))
     if args.skip_unreadable:
@@ -201,7 +208,7 @@ def pretrain(args, stop):
                       slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     run = Path(args.out or default_run(args, typed, dataset))
-    if args.init and (args.restart or not (run / "last.pt").exists()):
+    if args.init and (args.restart or not (run / "last.pt").exists()):     # else it has its own
         load_weights(encoder.backbone, args.init)
     checkpoint = None if args.dry_run else open_run(run, args)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -230,16 +237,16 @@ def pretrain(args, stop):
                           first_step=first_step)
     loader = data.iterate(views, steps, args.workers, args.batch_size // world,
                           pin_memory=device.type == "cuda")
-    batches = Batches(loader, device)
+    skip, count = 0, math.inf
     if args.dry_run:
-        batches = Batches(loader, device, skip=2 * args.workers + 3, count=2 * args.workers + 10)
+        skip, count = 2 * args.workers + 3, 2 * args.workers + 10
+    batches = Batches(loader, device, skip, count)
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
     if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
     log = Log(run, args, dataset, encoder, batches, stop)
 
     # -- MoCo's Algorithm 1
-    mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     loss_options = dict(temperature=args.temperature, neighbors=args.neighbors,
                         weighting=args.weighting)
     autocast = torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None)
@@ -256,7 +263,7 @@ def pretrain(args, stop):
         with autocast:
             q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
             keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
-        k = torch.cat([part[mine] for part in keys])                 # the positives of q
+        k = torch.cat([own_part(part) for part in keys])             # the positives of q
         smoothing = smoothing_at(step, per_epoch, args)
         loss, info = soft_info_nce(q, k, queue.keys, smoothing=smoothing, **loss_options)
 
@@ -267,7 +274,8 @@ def pretrain(args, stop):
         scaler.update()
         ema_update(encoder, key_encoder, args.key_momentum)          # key = m key + (1 - m) query
         near_images = queue.index[info["neighbors"]]                 # before the keys move on
-        queue.enqueue(torch.cat(keys), gather(index).repeat(len(keys)))
+        images = gather(index).repeat(len(keys))
+        queue.enqueue(torch.cat(keys), images)
 
         done = step + 1
         if log.is_due(done):

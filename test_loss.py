@@ -2,8 +2,8 @@
 
     python -m pytest test_loss.py
 
-1. the definition, written out entry by entry; 2. an example worked by hand; 3. the theorem that
-the soft target is about; 4. what the loss becomes at its borders; 5. its gradient.
+1. the definition, written out entry by entry; 2. an example worked by hand; 3. a false negative,
+with and without a soft target; 4. what the loss becomes at its borders; 5. its gradient.
 """
 import math
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from loss import TIERS, WEIGHTINGS, neighbor_weights, soft_info_nce
 
+# (smoothing, neighbors, weighting)
 SETTINGS = [(0.0, 0, "uniform"), (0.3, 0, "uniform"), (0.0, 20, "uniform"), (0.2, 3, "uniform"),
             (0.2, 20, "uniform"), (0.2, 20, "tiered"), (0.2, 20, "geometric"), (1.0, 40, "uniform")]
 
@@ -80,13 +81,13 @@ def test_three_keys_by_hand():
     assert info["positive"].item() == pytest.approx(0.5) and info["nearest"].item() == 0
 
 
-# ----------------------------------------------------------------- 3. the theorem
+# ----------------------------------------------------------------- 3. a false negative
 
 def pull_of_a_duplicate(smoothing):
     """d loss / d logit of the positive, of its duplicate in the queue, and of an unrelated key.
 
-    With the rows of the identity as keys a logit is an entry of q over the temperature, so the
-    gradient for q shows the gradient for each logit. The unrelated keys have cosine 0.
+    The keys are the rows of the identity. So each logit is an entry of q over the temperature, and
+    d loss / d logit is the temperature times q's gradient. The unrelated keys have cosine 0.
     """
     temperature = 0.2
     keys = torch.eye(6, dtype=torch.float64)              # positive, duplicate, four unrelated

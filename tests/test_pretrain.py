@@ -87,6 +87,15 @@ def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
     assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the papers' own
 
 
+@pytest.mark.parametrize("count", (32, 63, 100, 159, 1000))
+def test_a_small_folder_needs_no_flags(count):
+    pictures = torch.randint(0, 255, (count, 3, 8, 8)).byte()
+    dataset = data.Images("few", pictures, torch.arange(count) % 2, ["a", "b"])
+    args = pretrain.read_args(["--data", "few"])
+    pretrain.resolve(args, dataset)
+    pretrain.check(args, count, world=1)
+
+
 def test_keys_are_normalised_in_other_company_than_their_queries():
     """Slices of the queries are neighbours in the batch; of 64 pairs that share a query slice few share a key slice."""
     order = data.permutation(64, data.SHUFFLE, 0, 5)

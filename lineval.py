@@ -684,15 +684,18 @@ def canvas(width, height, title=""):
     return image, pen
 
 
-def panel(pen, box, title, points):
+def panel(pen, box, title, points, number=None):
     """Draw the frame of a diagram -> its points (N, 2), scaled into box (left, top, right,
-    bottom)."""
+    bottom). number: how to write the range of y, such as ".2f"."""
     left, top, right, bottom = box
     pen.text((left, top - 20), title, "black")
     pen.rectangle(box, outline=GRAY)
     points = torch.as_tensor(points, dtype=torch.float64)
     low, high = points.amin(0), points.amax(0)
     share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
+    if number:
+        pen.text((left + 4, top + 2), f"{high[1]:{number}}", GRAY)
+        pen.text((left + 4, bottom - 18), f"{low[1]:{number}}", GRAY)
     return torch.tensor([left, bottom]) + share * torch.tensor([right - left, top - bottom])
 
 
@@ -720,7 +723,7 @@ def draw_curve(log_csv, png):
         if chance:
             title += " (gray: chance)"
         top = 28 + 170 * number
-        places = panel(pen, (20, top, 580, top + 140), title, chance + points)
+        places = panel(pen, (20, top, 580, top + 140), title, chance + points, ".2f")
         draw_line(pen, places[:len(chance)], GRAY)
         draw_line(pen, places[len(chance):], BLUE)
     with data.writing(png):
@@ -738,7 +741,7 @@ def draw_few_labels(path, networks):
                 lines[f"{kind}, {title}: {points[0][1]:.1f} to {points[-1][1]:.1f} %"] = points
     image, pen = canvas(600, 330 + 18 * len(lines), "accuracy over number of labels (log scale)")
     every = [point for points in lines.values() for point in points]
-    places = panel(pen, (20, 48, 580, 310), "", every)
+    places = panel(pen, (20, 48, 580, 310), "", every, ".0f")
     for number, (title, points) in enumerate(lines.items()):
         draw_line(pen, places[:len(points)], COLORS[5 * number % 12])
         places = places[len(points):]

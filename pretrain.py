@@ -313,6 +313,8 @@ def start_processes():
     """Join torchrun's processes, if any -> (rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
+        # torch 2.14 has new names for what is called below, which 2.11 does not know.
+        warnings.simplefilter("ignore", FutureWarning)
         device = own_device()
         cuda = device.type == "cuda"
         # torchrun keeps one store through its restarts: without a prefix a process might find the
@@ -345,11 +347,8 @@ def own_part(x):
 def distribute(encoder, device):
     """The encoder in DDP: its gradient is the mean over all processes."""
     device_ids = [device] if device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # torch 2.14 has a new name for broadcast_buffers, which 2.11 does not know.
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)
+    return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 
 def mean_over_processes(device, **numbers):

@@ -779,8 +779,9 @@ def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
     encoder.load_state_dict(state["encoder"])
     real = queue["index"] >= 0
     picks = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
-    [q] = extract_features(encoder.eval(), CenterView(dataset, size), picks.tolist())
-    _, near = neighbors(q, queue["keys"][real], count)
+    # Not by extract_features: only the first process draws.
+    [([pictures], _)] = view_batches(CenterView(dataset, size), [picks.tolist()])
+    _, near = neighbors(encoder.eval()(pictures), queue["keys"][real], count)
     draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
               queue["index"][real][near])
 

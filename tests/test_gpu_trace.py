@@ -242,7 +242,7 @@ def trace_steps(argv, world):
     pretrain.report_dry_run = lambda *_: None               # the speed of nothing
 
     class FewBatches(pretrain.Batches):
-        def __init__(self, loader, device, **_):
+        def __init__(self, loader, device, *_):
             super().__init__(loader, device, count=steps)
 
         def __iter__(self):

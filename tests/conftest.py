@@ -1,5 +1,6 @@
 """What several tests share: small folders of images, and running the scripts as a user would."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ import data     # noqa: E402
 
 TINY = ["--batch-size", "16", "--queue-size", "32", "--image-size", "32", "--bn-splits", "4", "--hidden-dim", "32",
         "--warmup-epochs", "1", "--epochs", "2", "--workers", "0"]
+
+
+# The tests send signals. A shell has what it starts in the background ignore Ctrl-C, nohup SIGHUP.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_configure(config):

@@ -96,6 +96,7 @@ class TwoViews:
     3/4 to 4/3, and is resized to S x S. jitter: strengths of brightness, contrast, saturation and
     hue, applied with probability `jitter_p`. blur: a Gaussian of sigma 0.1 to 2 pixels of the crop.
     """
+    views_an_image = 2
 
     def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1),
                  jitter_p=0.8, gray_p=0.2, blur_p=0.5):
@@ -264,6 +265,7 @@ class CenterView:
     The short side is resized to 256/224 of S, then the central S x S is cut; S <= 64: a plain
     resize.
     """
+    views_an_image = 1
 
     def __init__(self, dataset, image_size):
         self.dataset, self.size = dataset, image_size
@@ -637,7 +639,8 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
     Raises LocalError where an image cannot be read, and where workers would run out of shared
     memory, are killed, or hang.
     """
-    needed, free = 2 * workers * batch_size * 6 * views.size ** 2, math.inf
+    batch_bytes = batch_size * views.views_an_image * 3 * views.size ** 2
+    needed, free = 2 * workers * batch_bytes, math.inf           # two batches lie ready a worker
     if os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
     if needed > free:
@@ -709,6 +712,13 @@ def writing(path):
 def last_line(error):
     """An error's message; a loader worker's comes with its traceback in front."""
     return str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+
+
+def refuse_empty(args):
+    """Raise UserError for a flag with an empty value: a shell's variable that was not set."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
 
 
 def exit_with(error):

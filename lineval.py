@@ -53,10 +53,15 @@ from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def view_batches(views, batches, device="cpu", workers=0):
-    """For each list of items in `batches` yield their views, normalised, V of (B, 3, S, S), and
-    their rows (B,). views: data.CenterView, V = 1, or data.TwoViews, V = 2."""
-    for crops, params, rows in data.iterate(views, batches, workers, batch_size=256):
+def sample(rows, most, *key):
+    """At most `most` of `rows`, keyed."""
+    return rows[data.permutation(len(rows), data.SAMPLE, *key)[:most]]
+
+
+def view_batches(views, batches, batch_size, device="cpu", workers=0):
+    """For each list of items in `batches`, of at most `batch_size`, yield their views, normalised,
+    V of (B, 3, S, S), and their rows (B,). views: data.CenterView, V = 1, or data.TwoViews, 2."""
+    for crops, params, rows in data.iterate(views, batches, workers, batch_size):
         crops = crops.to(device)
         yield [data.augment(crop, numbers) for crop, numbers in zip(crops, params)], rows
 
@@ -73,7 +78,7 @@ def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=2
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     progress = data.Progress(what, len(mine))
     features, done = None, 0
-    for pictures, _ in view_batches(views, batches, device, workers):
+    for pictures, _ in view_batches(views, batches, batch_size, device, workers):
         out = torch.stack([net(picture) for picture in pictures], 1).cpu()          # (B, V, F)
         if features is None:
             features = out.new_empty(len(mine), *out.shape[1:])
@@ -106,8 +111,8 @@ def gather_on_first(x, device):
 def estimate_batch_norm(net, views, rows, *, device="cpu", workers=0, seed=0, images=512):
     """Give a random network the data's batch statistics, those of some images: without them it
     would be a worse baseline than it need be."""
-    picks = rows[data.permutation(len(rows), data.SAMPLE, seed, 1)[:images]].tolist()
-    [([pictures], _)] = view_batches(views, [picks], device, workers)
+    picks = sample(rows, images, seed, 1).tolist()
+    [([pictures], _)] = view_batches(views, [picks], images, device, workers)
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1                                               # forget what was there
@@ -254,7 +259,7 @@ def train_on_crops(net, splits, rows, judged, size, *, frozen, lr, epochs=100, s
     batches = ([(epoch, rows[i]) for epoch, i in batch]
                for batch in data.schedule(len(rows), batch_size, epochs, seed))
     progress = data.Progress("steps of training", epochs * per_epoch)
-    for (view, _), index in view_batches(views, batches, device, workers):
+    for (view, _), index in view_batches(views, batches, batch_size, device, workers):
         progress.show(decay.last_epoch)
         with torch.set_grad_enabled(not frozen):
             x = net(view)                                                # (B, F)
@@ -405,11 +410,6 @@ def load_splits(name, seed=0, train=None, classes=True):
                            names=names, note=note)
 
 
-def sample(rows, most, *key):
-    """At most `most` of `rows`, keyed."""
-    return rows[data.permutation(len(rows), data.SAMPLE, *key)[:most]]
-
-
 KNN_TRAIN, KNN_VAL, OWN_VIEW = 50_000, 10_000, 1000      # the most images, while training
 
 
@@ -470,7 +470,8 @@ def measure(net, splits, args, size, title, picks, features_file=None):
     features of the validation images (V, F), and the 8 training images nearest to the `picks` of
     them (positions), as rows."""
     net.eval()                # or batch norm would adapt to the images of the evaluation
-    options = dict(device=own_device(), workers=args.workers)
+    device = own_device()
+    options = dict(device=device, workers=args.workers)
     train_y, val_y = splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]
     order = data.permutation(len(val_y), data.SAMPLE, args.seed, 4)
     most = 50 if splits.names else 1000                                  # of a class
@@ -490,10 +491,10 @@ def measure(net, splits, args, size, title, picks, features_file=None):
     report = dict(val_images=len(val_x))
     if splits.names:
         knowledge = train_x, train_y, val_x, val_y
-        probe = linear_probe(*knowledge, seed=args.seed, device=own_device())
+        probe = linear_probe(*knowledge, seed=args.seed, device=device)
         report |= {f"linear_{name}": value for name, value in probe.items()}
-        report["knn"] = knn_accuracy(*knowledge, device=own_device())
-        report["best_nn"], report["best_nn_k"] = best_nn(*knowledge, device=own_device())
+        report["knn"] = knn_accuracy(*knowledge, device=device)
+        report["best_nn"], report["best_nn_k"] = best_nn(*knowledge, device=device)
         if args.protocol == "augmented":
             val = splits.val, splits.val_rows
             report["augmented_top1"] = train_on_crops(
@@ -504,7 +505,7 @@ def measure(net, splits, args, size, title, picks, features_file=None):
     report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
     if features_file:
         write_features(features_file, splits, train_x, val_x)
-    _, near = neighbors(unit(val_x[picks]), unit(train_x), 8, device=own_device())
+    _, near = neighbors(unit(val_x[picks]), unit(train_x), 8, device=device)
     return report, val_x, splits.train_rows[near]
 
 
@@ -518,7 +519,7 @@ def measure_few_labels(net, splits, knowledge, probe, args, size, **options):
         row = dict(labels=len(some), linear=probe["top1"])
         if len(some) < len(train_y):
             row["linear"] = linear_probe(train_x[some], train_y[some], val_x, val_y, seed=args.seed,
-                                         device=own_device())["top1"]
+                                         device=options["device"])["top1"]
         if args.finetune:
             row["finetuned"], row["lr"] = finetune(net, splits, splits.train_rows[some], size,
                                                    epochs=args.epochs, seed=args.seed, **options)
@@ -778,9 +779,9 @@ def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
     encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], size <= data.SMALL)
     encoder.load_state_dict(state["encoder"])
     real = queue["index"] >= 0
-    picks = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:queries]
+    picks = sample(torch.arange(len(dataset)), queries, seed, 3)
     # Not by extract_features: only the first process draws.
-    [([pictures], _)] = view_batches(CenterView(dataset, size), [picks.tolist()])
+    [([pictures], _)] = view_batches(CenterView(dataset, size), [picks.tolist()], queries)
     _, near = neighbors(encoder.eval()(pictures), queue["keys"][real], count)
     draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
               queue["index"][real][near])
@@ -936,9 +937,7 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=data.default_workers())
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":                        # a shell's variable that was not set
-            raise UserError(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
+    data.refuse_empty(args)
     if args.features and not args.features.endswith(".npz"):
         raise UserError(f"--features {args.features}: pass a name that ends in .npz")
     for name, least in {"image_size": 8, "workers": 0, "seed": 0, "epochs": 1}.items():

@@ -778,9 +778,7 @@ def read_args(argv=None):
         else:
             add(flag, type=type(value), help=columns)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":                        # a shell's variable that was not set
-            refuse(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
+    data.refuse_empty(args)
     return args
 
 

@@ -251,14 +251,14 @@ def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
     views = CenterView([(random_picture(32, 32), 0)] * 2, 32)
     with pytest.raises(LocalError, match="72 MiB.*64.*--workers.*--shm-size") as error:
-        first_batch(views, workers=4, batch_size=1536)        # of 6 kB: 9 MiB a batch
+        first_batch(views, workers=4, batch_size=3072)        # of 3 kB: 9 MiB a batch
     assert "\n" not in str(error.value)
-    first_batch(views, workers=0, batch_size=1536)            # needs none
+    first_batch(views, workers=0, batch_size=3072)            # needs none
 
 
 class Fails:
     """Views whose items call `how`."""
-    size = 32
+    size, views_an_image = 32, 1
 
     def __init__(self, how):
         self.how = how

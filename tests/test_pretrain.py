@@ -194,7 +194,7 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
 
 class TakesMemory:
     """Views whose worker holds half a GiB more than this process."""
-    size, held = 16, b""
+    size, views_an_image, held = 16, 2, b""
 
     def __getitem__(self, index):
         self.held = self.held or b"x" * 2 ** 29

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import math
 import os
-import re
 import shutil
 import signal
 import stat
@@ -24,9 +23,11 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -37,7 +38,6 @@ from torchvision.utils import make_grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, for every dataset
 SMALL = 64                # px: from here down, networks and views are "small"
-LOADER_TIMEOUT = 300      # seconds without a batch, after which a loader counts as hanging
 
 
 class UserError(ValueError):
@@ -96,16 +96,11 @@ class TwoViews:
     3/4 to 4/3, and is resized to S x S. jitter: strengths of brightness, contrast, saturation and
     hue, applied with probability `jitter_p`. blur: a Gaussian of sigma 0.1 to 2 pixels of the crop.
     """
-    views_an_image = 2
-
     def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1),
                  jitter_p=0.8, gray_p=0.2, blur_p=0.5):
         self.dataset, self.size, self.seed = dataset, image_size, seed
         self.min_scale, self.jitter, self.jitter_p = min_scale, jitter, jitter_p
         self.gray_p, self.blur_p = gray_p, blur_p
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, item):
         epoch, index = item
@@ -265,13 +260,8 @@ class CenterView:
     The short side is resized to 256/224 of S, then the central S x S is cut; S <= 64: a plain
     resize.
     """
-    views_an_image = 1
-
     def __init__(self, dataset, image_size):
         self.dataset, self.size = dataset, image_size
-
-    def __len__(self):
-        return len(self.dataset)
 
     def __getitem__(self, index):
         image, _ = self.dataset[index]
@@ -293,8 +283,8 @@ NAMES = ("shapes", *TORCHVISION)               # whatever else is passed as --da
 class Images:
     """(uint8 tensor (3, H, W), label) by index; labels (N,) int64, -1 for none; class names.
 
-    `pictures`: a tensor (N, 3, H, W), or paths below `root`. `left_out` counts, by extension, the
-    files of the folder that are no images.
+    `pictures`: a tensor (N, 3, H, W), or a list of paths below `root`. `left_out` counts, by
+    extension, the files of the folder that are no images.
     """
 
     def __init__(self, name, pictures, labels, classes, root="", left_out=()):
@@ -304,8 +294,8 @@ class Images:
             self.pictures, content = pictures, pictures.numpy()
         else:
             # One array: a million strings would be copied by every loader worker.
-            self.pictures = np.array([os.fsencode(path) for path in pictures])
-            content = b"\n".join(self.pictures.tolist())
+            self.pictures = np.array(pictures)
+            content = os.fsencode("\n".join(pictures))
         self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def __len__(self):
@@ -321,21 +311,23 @@ class Images:
         """Where a picture lies; "" for one in memory."""
         if torch.is_tensor(self.pictures):
             return ""
-        return os.path.join(self.root, os.fsdecode(bytes(self.pictures[index])))
+        return os.path.join(self.root, self.pictures[index])
 
     def without(self, indices):
         """The same dataset less some images (of a folder)."""
+        if not indices:
+            return self
         keep = np.setdiff1d(np.arange(len(self)), indices)
-        paths = [os.fsdecode(bytes(path)) for path in self.pictures[keep]]
-        return Images(self.name, paths, self.labels[keep], self.classes, self.root, self.left_out)
+        return Images(self.name, self.pictures[keep].tolist(), self.labels[keep], self.classes,
+                      self.root, self.left_out)
 
 
 def load_dataset(name_or_path, split, classes=True):
     """An `Images` of "shapes", "cifar10", "cifar100", "stl10", or of a folder of images.
 
-    A folder has train/ and val/ (or test/) inside, in any usual spelling, or is any tree. The
-    class is the first folder below the split; an image in none, and with classes=False every
-    image, has label -1. `split`: "train" or "val". Raises UserError where nothing can be read.
+    A folder has train/ and val/ (or test/) inside, or is any tree. The class is the first folder
+    below the split; an image in none, and with classes=False every image, has label -1. `split`:
+    "train" or "val". Raises UserError where nothing can be read.
     """
     if name_or_path == "shapes":
         return draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
@@ -348,50 +340,43 @@ def load_dataset(name_or_path, split, classes=True):
                         f"train")
     paths, left_out = find_images(folder)
     if not paths:
-        raise UserError(f"no images in {folder!r}" + (f": found {count_words(left_out)}"
-                                                      if left_out else ""))
-    found = [path.split(os.sep)[0] if classes and os.sep in path else "" for path in paths]
-    names = set(found)
-    if classes and split == "val":             # val's classes are numbered as train's
-        names = {path.split(os.sep)[0] for path in find_images(train)[0] if os.sep in path}
-    names = sorted(names - {""})
-    strange = sorted(set(found) - set(names) - {""})
-    if strange:
-        raise UserError(f"{folder!r} has a class {strange[0]!r} that {train!r} has not: name the "
+        raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
+    found = [class_of(path) if classes else "" for path in paths]
+    # val's classes are numbered as train's
+    names = found if split == "train" or not classes else map(class_of, find_images(train)[0])
+    names = sorted({*names} - {""})
+    unknown = sorted({*found} - {*names, ""})
+    if unknown:
+        raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
-    if len(names) > 1 and all(re.match(TRAIN + "|" + VAL, name, re.I) for name in names):
-        raise UserError(f"the folders of {folder!r} look like splits, not like classes "
-                        f"({', '.join(names[:3])}): name one of them train, or pass --classes none")
     numbers = {name: i for i, name in enumerate(names)} | {"": -1}
     labels = torch.tensor([numbers[name] for name in found])
     root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
     return Images(root_name, paths, labels, names, folder, left_out)
 
 
-TRAIN = r"(train|training)(19|20)?\d?\d?$"     # as in train2017
-VAL = r"(val|valid|validation|test|testing)(19|20)?\d?\d?$"
+def class_of(path):
+    """The first folder of a relative path; "" for a file in none."""
+    return path.split(os.sep)[0] if os.sep in path else ""
 
 
 def find_splits(path):
     """The folders of (train, val) of a dataset folder; val is None where there is none."""
-    root = os.path.realpath(path) if path else ""
-    if not os.path.isdir(root):
-        what = "is a file" if os.path.exists(root) else "does not exist, or is forbidden to read"
-        raise UserError(f"--data {path!r} {what}: pass a folder of images or one of "
+    if not os.path.isdir(path):
+        raise UserError(f"--data {path!r} is no folder: pass a folder of images or one of "
                         f"{', '.join(NAMES)}")
-    try:
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise UserError(f"cannot list {root!r}: {error.strerror}") from None
-    train = [name for name in folders if re.match(TRAIN, name, re.I)]
-    val = [name for name in folders if re.match(VAL, name, re.I)]
-    val.sort(key=lambda name: not name.lower().startswith("val"))        # val before test
-    if len(train) > 1:
-        raise UserError(f"{root!r} has several training splits ({', '.join(train)}): pass --data "
-                        f"with one of them")
-    if not train:
+    root = os.path.realpath(path)
+    # As people call them: Training, train2017, valid, ...
+    folders = {name.lower().rstrip("0123456789"): os.path.join(root, name)
+               for name in sorted(os.listdir(root))
+               if os.path.isdir(os.path.join(root, name))}
+    train = folders.get("train", folders.get("training"))
+    if train is None:
         return root, None
-    return os.path.join(root, train[0]), os.path.join(root, val[0]) if val else None
+    for name in ("val", "valid", "validation", "test", "testing"):
+        if name in folders:
+            return train, folders[name]
+    return train, None
 
 
 def has_val(name):
@@ -422,51 +407,34 @@ def load_torchvision(name, split, root="datasets"):
 
 # Pillow's raster formats: never one that would start another program, as EPS does.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
-OURS = {"args.json", "lineval.json"}           # a folder with one of them was written by us
 
 
 def find_images(folder):
-    """Sorted paths of the images at any depth, relative to `folder`; counts of what is left out.
+    """Sorted paths of the images at any depth, relative to `folder`; counts of the other files.
 
-    A file is an image if its extension is one of Pillow's for `FORMATS`, or else if its first
-    bytes are. Hidden files, links to a folder that they lie in, and what these scripts write are
-    passed over. Raises UserError for a folder that cannot be listed.
+    A file is an image if its extension is one of Pillow's for `FORMATS`. Hidden files are passed
+    over. Raises UserError for a folder that cannot be listed.
     """
     def refuse(error):
         raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
 
     Image.init()
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
-    paths, left_out, trails = [], Counter(), {}
+    paths, left_out = [], Counter()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(where) + os.sep
-        above = trails.get(os.path.dirname(where), [])    # the real folders that it lies in
-        trails[where] = [*above, real]
-        leads_back = any(path.startswith(real) for path in above)        # and would never end
-        if leads_back or OURS.intersection(files):
-            folders.clear()
+        if os.path.realpath(where) in map(os.path.realpath, Path(where).parents):
+            folders.clear()                    # a link to where it lies would never end
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            path = os.path.join(where, name)
             extension = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or name == "view_pairs.png":
+            if name.startswith("."):
                 continue
-            if extension in extensions or starts_like_an_image(path):
-                paths.append(os.path.relpath(path, folder))
+            if extension in extensions:
+                paths.append(os.path.relpath(os.path.join(where, name), folder))
             else:
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out
-
-
-def starts_like_an_image(path):
-    try:
-        if os.path.isfile(path):               # a named pipe would never answer
-            Image.open(path, formats=FORMATS).close()
-            return True
-    except Exception:
-        pass
-    return False
 
 
 def count_words(counts):
@@ -477,16 +445,15 @@ def read_image(path):
     """Decode an image file to RGB, (3, H, W) uint8; alpha and EXIF rotation are ignored, as by
     torchvision's loader. Of 16 bits the upper 8 count.
 
-    JPEG is decoded by torchvision, everything else by Pillow. Raises UserError: with the system's
-    words where the file cannot be had, with the decoder's where it is no image.
+    JPEG is decoded by torchvision, everything else by Pillow. Raises LocalError.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"cannot read {path!r}: no regular file")
+        if not stat.S_ISREG(os.stat(path).st_mode):          # a named pipe would never answer
+            raise OSError(0, "no regular file")
         with open(path, "rb") as file:
             encoded = file.read()
     except OSError as error:                   # the machine's fault, not the picture's
-        raise UserError(f"cannot read {path!r}: {error.strerror}") from None
+        raise LocalError(f"cannot read {path!r}: {error.strerror}") from None
     # torchvision would fill up in silence what is missing at the end of a JPEG.
     if encoded[:2] == b"\xff\xd8" and b"\xff\xd9" in encoded[-65536:]:
         try:
@@ -501,12 +468,10 @@ def read_image(path):
             if file.mode in ("I", "F"):
                 raise ValueError(f"mode {file.mode}: the range of its numbers is unknown")
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-    except MemoryError:
-        raise UserError(f"cannot read {path!r}: out of memory") from None
     except Exception as error:                 # Pillow raises many types, SyntaxError too
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path!r} cannot be decoded ({reason}): replace it, or train without "
-                        f"such files by --skip-unreadable") from None
+        raise LocalError(f"{path!r} cannot be decoded ({reason}): replace it, or train without "
+                         f"such files by --skip-unreadable") from None
 
 
 def find_unreadable(dataset):
@@ -558,8 +523,8 @@ def signed_distances(u, v):
 SHAPES = list(signed_distances(torch.zeros(()), torch.zeros(())))
 
 
-def draw_shapes(count, seed, size=TILE * TILES):
-    """`count` pictures of `size` px: 3 x 3 copies of one shape, which is the class, gray on gray.
+def draw_shapes(count, seed):
+    """`count` pictures of 72 px: 3 x 3 copies of one shape, which is the class, gray on gray.
 
     Every copy has its own size, angle and place; the area of ink is the same everywhere. So any
     crop shows the class, and nothing else that two crops of a picture share tells as much.
@@ -568,10 +533,7 @@ def draw_shapes(count, seed, size=TILE * TILES):
     labels = torch.from_numpy(rng.permutation(count) % len(SHAPES))
     draws = torch.from_numpy(rng.random((count, TILES * TILES, 4), dtype=np.float32))
     parts = [draw_lattices(*part) for part in zip(labels.split(256), draws.split(256))]
-    pictures = torch.cat(parts)
-    if size != TILE * TILES:
-        pictures = TF.resize(pictures, [size, size], antialias=True)
-    return Images("shapes", pictures, labels, SHAPES)
+    return Images("shapes", torch.cat(parts), labels, SHAPES)
 
 
 def draw_lattices(labels, draws):
@@ -619,7 +581,7 @@ def default_image_size(dataset):
 
 def draw_view_pairs(two_views, path, count=8):
     """A picture: for each of `count` images a column of the original and its two views."""
-    picks = permutation(len(two_views), SAMPLE, two_views.seed)[:count].tolist()
+    picks = permutation(len(two_views.dataset), SAMPLE, two_views.seed)[:count].tolist()
     crops, params, _ = collate([two_views[0, index] for index in picks])
     center_view = CenterView(two_views.dataset, two_views.size)
     originals, unchanged, _ = collate([center_view[index] for index in picks])
@@ -636,30 +598,14 @@ def draw_view_pairs(two_views, path, count=8):
 def iterate(views, batches, workers, batch_size, pin_memory=False):
     """Yield crops, params, index of each list of items in `batches`, of at most `batch_size`.
 
-    Raises LocalError where an image cannot be read, and where workers would run out of shared
-    memory, are killed, or hang.
+    Raises LocalError where workers would run out of shared memory, which would hang them.
     """
-    batch_bytes = batch_size * views.views_an_image * 3 * views.size ** 2
-    needed, free = 2 * workers * batch_bytes, math.inf           # two batches lie ready a worker
-    if os.path.isdir("/dev/shm"):
-        free = shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, "
-                         f"{free >> 20} are free: pass fewer --workers (0: none), or docker run "
-                         f"--shm-size")
-    loader = DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                        worker_init_fn=outlive_signals, pin_memory=pin_memory,
-                        timeout=LOADER_TIMEOUT if workers else 0)
-    try:
-        yield from loader
-    except UserError as error:                 # an image that only this process has seen
-        raise LocalError(last_line(error)) from None
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise LocalError(f"the loader failed ({str(error).splitlines()[0][:80]}): a worker was "
-                         f"killed, most likely for want of memory, or the disk does not answer; "
-                         f"fewer --workers need less") from None
+    needed = workers * 2 * batch_size * 2 * 3 * views.size ** 2      # two batches of two views each
+    if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
+        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, more than "
+                         f"are free: pass fewer --workers (0: none), or docker run --shm-size")
+    yield from DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                          worker_init_fn=outlive_signals, pin_memory=pin_memory)
 
 
 def outlive_signals(_):
@@ -673,6 +619,22 @@ def outlive_signals(_):
 def is_first():
     """Whether this is the first of torchrun's processes, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def own_part(x):
+    """The rows of x (N, ...) that are this process's, (n, ...): all of them if it is alone."""
+    if not dist.is_initialized():
+        return x
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """Concatenate x (n, ...) of all processes, in order of rank -> (N, ...)."""
+    if not dist.is_initialized():
+        return x
+    whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole
 
 
 def say(*words):
@@ -711,14 +673,12 @@ def writing(path):
 
 def last_line(error):
     """An error's message; a loader worker's comes with its traceback in front."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+    return str(error).strip().splitlines()[-1].removeprefix("data.LocalError: ")
 
 
-def refuse_empty(args):
-    """Raise UserError for a flag with an empty value: a shell's variable that was not set."""
-    for name, value in vars(args).items():
-        if value == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty: pass a value, or leave it out")
+def refuse(message):
+    """For argparse: a command line that cannot be read is a UserError."""
+    raise UserError(message)
 
 
 def exit_with(error):
@@ -733,28 +693,17 @@ def describe(name):
     """Print what load_dataset finds, decode every file, and draw view pairs of the train split."""
     for split in ("train", "val") if has_val(name) else ("train",):
         dataset = load_dataset(name, split)
-        print(f"{split}: {len(dataset)} images in {dataset.root or name}")
-        known = dataset.labels[dataset.labels >= 0]
-        if len(known):
-            counts = torch.bincount(known, minlength=len(dataset.classes))
-            print(f"  {len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, ...) of "
-                  f"{counts.min()} to {counts.max()} images")
-        if len(known) < len(dataset):
-            print(f"  without a label: {len(dataset) - len(known)}")
-        if dataset.left_out:
-            print(f"  left out, since no image: {count_words(dataset.left_out)}")
         unreadable = find_unreadable(dataset)
-        print(f"  files that cannot be read: {len(unreadable)}")
+        print(f"{split}: {len(dataset)} images in {dataset.root or name}\n"
+              f"  {len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, ...)\n"
+              f"  without a label: {(dataset.labels < 0).sum()}\n"
+              f"  left out, since no image: {count_words(dataset.left_out) or 'nothing'}\n"
+              f"  files that cannot be read: {len(unreadable)}")
         for error in unreadable.values():
             print(f"    {error}")
-        good = dataset.without(list(unreadable)) if unreadable else dataset
-        if split == "train" and len(good):
+        if split == "train":
+            good = dataset.without(list(unreadable))
             size = default_image_size(good)
-            picks = permutation(len(good), SAMPLE, 1)[:64].tolist()
-            dark = sum(int(good[index][0].max()) < 20 for index in picks)
-            if dark:
-                print(f"  nearly black: {dark} of {len(picks)} looked at (12 bits stored in 16? "
-                      f"convert them to 8)")
             draw_view_pairs(TwoViews(good, size), "view_pairs.png")
             print(f"  {size} px by default; originals over their two views: view_pairs.png")
 
@@ -767,5 +716,3 @@ if __name__ == "__main__":
         describe(sys.argv[1])
     except UserError as user_error:
         exit_with(user_error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

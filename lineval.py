@@ -33,22 +33,19 @@ import csv
 import json
 import math
 import os
-import sys
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from data import CenterView, LocalError, TwoViews, UserError, say
+from data import CenterView, TwoViews, UserError, say
 from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
@@ -72,39 +69,26 @@ def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=2
     """Outputs of `net` for each view of each item -> (V, N, F) on the CPU.
 
     items: rows for data.CenterView, pairs (epoch, row) for data.TwoViews. Several processes share
-    the work, and all but the first get N = 0. The caller sets eval mode.
+    the work, and all get the result. The caller sets eval mode.
     """
-    mine = own_share(items)
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    progress = data.Progress(what, len(mine))
+    # Processes need equal parts, so some items come twice.
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    each = math.ceil(len(items) / processes)
+    padded = (items * processes)[:each * processes]
+    mine = data.own_part(torch.tensor(padded)).tolist()
+    batches = [mine[i:i + batch_size] for i in range(0, each, batch_size)]
+    progress = data.Progress(what, each)
     features, done = None, 0
     for pictures, _ in view_batches(views, batches, batch_size, device, workers):
         out = torch.stack([net(picture) for picture in pictures], 1).cpu()          # (B, V, F)
-        if features is None:
-            features = out.new_empty(len(mine), *out.shape[1:])
+        if features is None:                   # at once, for there may be many
+            features = out.new_empty(each, *out.shape[1:])
         features[done:done + len(out)] = out
         done += len(out)
         progress.show(done)
-    return gather_on_first(features, device)[:len(items)].transpose(0, 1)
-
-
-def own_share(items):
-    """This process's part of `items`; the last item again where the parts would be unequal."""
-    if not dist.is_initialized():
-        return items
-    each = math.ceil(len(items) / dist.get_world_size())
-    first = dist.get_rank() * each
-    return [items[min(i, len(items) - 1)] for i in range(first, first + each)]
-
-
-def gather_on_first(x, device):
-    """x (n, ...) of each process -> (W n, ...) on the first, (0, ...) on the others."""
-    if not dist.is_initialized():
-        return x
-    first = dist.get_rank() == 0
-    whole = x.new_empty(dist.get_world_size() if first else 0, *x.shape, device=device)
-    dist.gather(x.to(device), list(whole) if first else None)
-    return whole.flatten(0, 1).cpu()
+    if processes > 1:
+        features = data.gather(features.to(device)).cpu()
+    return features[:len(items)].transpose(0, 1)
 
 
 @torch.no_grad()
@@ -367,8 +351,7 @@ def representation_space(original, view1, view2, labels):
     out = dict(
         own_view=own_view,
         others_farther_from_view=others_farther,
-        alignment=(original - view1).square().sum(1).mean().item(),
-        alignment_views=(view1 - view2).square().sum(1).mean().item(),
+        alignment=(view1 - view2).square().sum(1).mean().item(),
         uniformity=uniformity(original),
         spread=original.double().var(0, correction=0).sum().sqrt().item(),
         view_images=len(original))
@@ -417,29 +400,24 @@ KNN_TRAIN, KNN_VAL, OWN_VIEW = 50_000, 10_000, 1000      # the most images, whil
 def measure_online(encoder, splits, image_size, seed, **options):
     """For pretrain.py, encoder in eval mode: kNN accuracy of the backbone's features and of the
     head's output; without labels the share of images whose augmented view is nearer than every
-    other image -> {"knn_backbone": ..., "knn_head": ...} or {"own_view": ...} on the first process,
-    {} on the others."""
-    val_view = CenterView(splits.val, image_size)
+    other image -> {"knn_backbone": ..., "knn_head": ...} or {"own_view": ...}."""
+    train_view, val_view = (CenterView(part, image_size) for part in (splits.train, splits.val))
     if not splits.names:
         rows = sample(splits.val_rows, OWN_VIEW, seed).tolist()
         views, items = TwoViews(splits.val, image_size, seed), [(0, row) for row in rows]
         [original] = extract_features(encoder.backbone, val_view, rows, **options)
         view, _ = extract_features(encoder.backbone, views, items, **options)
-        return {"own_view": find_own(original, view)[0]} if len(view) else {}
+        return {"own_view": find_own(original, view)[0]}
+    options["what"] = "features for the kNN"
+    device = options["device"]
     train_rows = sample(splits.train_rows, KNN_TRAIN, seed)
     val_rows = sample(splits.val_rows, KNN_VAL, seed)
-    options["what"] = "features for the kNN"
-    [train_x] = extract_features(encoder.backbone, CenterView(splits.train, image_size),
-                                 train_rows.tolist(), **options)
+    [train_x] = extract_features(encoder.backbone, train_view, train_rows.tolist(), **options)
     [val_x] = extract_features(encoder.backbone, val_view, val_rows.tolist(), **options)
-    if not len(val_x):
-        return {}
-    device = options["device"]
-    train_x, val_x = train_x.to(device), val_x.to(device)
     train_y, val_y = splits.train.labels[train_rows], splits.val.labels[val_rows]
+    train_z, val_z = encoder.head(train_x.to(device)), encoder.head(val_x.to(device))
     return {"knn_backbone": knn_accuracy(train_x, train_y, val_x, val_y, device=device),
-            "knn_head": knn_accuracy(encoder.head(train_x), train_y, encoder.head(val_x), val_y,
-                                     device=device)}
+            "knn_head": knn_accuracy(train_z, train_y, val_z, val_y, device=device)}
 
 
 # ------------------------------------------------- the report
@@ -454,8 +432,7 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
     "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
     "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
                                  "than the own view; 50: chance"),
-    "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
-    "alignment_views": ("alignment of two views", "lower: the same for two views"),
+    "alignment": ("alignment", "lower: two views of an image lie together; 0 if collapsed"),
     "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
     "spread": ("spread", "1: no common direction; 0: all images alike, collapsed"),
     "intra_class": ("intra-class distance", "lower among networks of one recipe; across recipes "
@@ -465,32 +442,28 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
 TABLE = ("linear_top1", "augmented_top1", "knn", "over_clustering", "effective_rank", "own_view")
 
 
-def measure(net, splits, args, size, title, picks, features_file=None):
-    """All measures of one frozen network, {} on all processes but the first. For the pictures: its
-    features of the validation images (V, F), and the 8 training images nearest to the `picks` of
-    them (positions), as rows."""
+def measure(net, splits, args, size, title):
+    """All measures of one frozen network -> report, features of the training images (N, F) and of
+    the validation images (V, F)."""
     net.eval()                # or batch norm would adapt to the images of the evaluation
-    device = own_device()
-    options = dict(device=device, workers=args.workers)
+    options = dict(device=own_device(), workers=args.workers)
     train_y, val_y = splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]
     order = data.permutation(len(val_y), data.SAMPLE, args.seed, 4)
     most = 50 if splits.names else 1000                                  # of a class
     chosen = torch.cat([order[val_y[order] == c][:most] for c in val_y.unique()])
-
-    val_view = CenterView(splits.val, size)
-    views = TwoViews(splits.val, size, args.seed)
     items = [(0, row) for row in splits.val_rows[chosen].tolist()]
+
     [train_x] = extract_features(net, CenterView(splits.train, size), splits.train_rows.tolist(),
                                  **options, what=f"features of {title}, training images")
-    [val_x] = extract_features(net, val_view, splits.val_rows.tolist(), **options,
-                               what=f"features of {title}, validation images")
-    view1, view2 = extract_features(net, views, items, **options, what=f"views, {title}")
-    if not len(val_x):
-        return {}, val_x, None
-
+    [val_x] = extract_features(net, CenterView(splits.val, size), splits.val_rows.tolist(),
+                               **options, what=f"features of {title}, validation images")
+    view1, view2 = extract_features(net, TwoViews(splits.val, size, args.seed), items, **options,
+                                    what=f"views, {title}")
     report = dict(val_images=len(val_x))
+    report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
     if splits.names:
         knowledge = train_x, train_y, val_x, val_y
+        device = options["device"]
         probe = linear_probe(*knowledge, seed=args.seed, device=device)
         report |= {f"linear_{name}": value for name, value in probe.items()}
         report["knn"] = knn_accuracy(*knowledge, device=device)
@@ -502,11 +475,7 @@ def measure(net, splits, args, size, title, picks, features_file=None):
                 seed=args.seed, **options)
         report["few_labels"] = measure_few_labels(net, splits, knowledge, probe, args, size,
                                                   **options)
-    report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
-    if features_file:
-        write_features(features_file, splits, train_x, val_x)
-    _, near = neighbors(unit(val_x[picks]), unit(train_x), 8, device=device)
-    return report, val_x, splits.train_rows[near]
+    return report, train_x, val_x
 
 
 def measure_few_labels(net, splits, knowledge, probe, args, size, **options):
@@ -569,13 +538,10 @@ def verdict(trained, random, log=()):
 
 
 def read_log(path):
-    """log.csv -> a list of {column: float}, without empty cells. Damaged: ValueError."""
-    try:
-        with open(path, newline="") as file:
-            return [{name: float(cell) for name, cell in row.items() if cell}
-                    for row in csv.DictReader(file)]
-    except (TypeError, csv.Error) as error:    # a row is too long, or no text
-        raise ValueError(str(error)) from None
+    """log.csv -> a list of {column: float}, without empty cells."""
+    with open(path, newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell}
+                for row in csv.DictReader(file)]
 
 
 def print_table(columns, names):
@@ -609,32 +575,16 @@ def own_device():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= gpus:
-        kind = LocalError if local_rank == gpus else UserError           # one of them says it
-        raise kind(f"process {local_rank} of this machine has no GPU of its own, there are {gpus}: "
-                   f"pass --nproc_per_node={gpus} to torchrun")
+        raise UserError(f"more processes than this machine's {gpus} GPUs: pass "
+                        f"--nproc_per_node={gpus} to torchrun")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def in_turn(name, load):
-    """load(), on each machine first by one process where dataset `name` may be downloaded."""
-    waits = dist.is_initialized() and name in data.TORCHVISION
-    later = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if waits and later:
-        dist.barrier()
-    try:
-        return load()
-    finally:                  # also where it failed: then the others fail alike
-        if waits and not later:
-            dist.barrier()
 
 
 def load_file(path):
     """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist, or is no file: pass the path of a checkpoint")
-    if str(path).endswith(".safetensors"):
-        raise UserError(f"{path} is a safetensors file: save its state dict by torch.save first")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("its checksum is wrong")
@@ -658,9 +608,6 @@ def load_weights(backbone, path, encoder="query"):
                    if name.startswith("backbone.")}
     weights = {name: value for name, value in weights.items()
                if not str(name).startswith(FINAL_LAYERS)}
-    for name, value in weights.items():
-        if torch.is_tensor(value) and not value.isfinite().all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite: use another copy")
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
@@ -685,69 +632,79 @@ def canvas(width, height, title=""):
     return image, pen
 
 
-def panel(pen, box, title, points, number=None):
-    """Draw the frame of a diagram -> its points (N, 2), scaled into box (left, top, right,
-    bottom). number: how to write the range of y, such as ".2f"."""
-    left, top, right, bottom = box
-    pen.text((left, top - 20), title, "black")
-    pen.rectangle(box, outline=GRAY)
-    points = torch.as_tensor(points, dtype=torch.float64)
-    low, high = points.amin(0), points.amax(0)
-    share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
-    if number:
-        pen.text((left + 4, top + 2), f"{high[1]:{number}}", GRAY)
-        pen.text((left + 4, bottom - 18), f"{low[1]:{number}}", GRAY)
-    return torch.tensor([left, bottom]) + share * torch.tensor([right - left, top - bottom])
-
-
-def draw_line(pen, places, color):
-    """A line through places (N, 2), with a dot at its end."""
-    places = [tuple(place) for place in places.tolist()]
-    pen.line(places, color, 2)
-    for x, y in places[-1:]:
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
-
-
-CHANCES = {"loss": "chance", "knn_backbone": "", "own_view": "", "same_class": "same_class_chance"}
+def plot(path, panels, width, height, dots=False):
+    """Diagrams below each other (with dots: side by side) of {title: [(points, color, name)]}:
+    points (N, 2) as a line with its name at the end, or as dots with their name in the middle."""
+    across = len(panels) if dots else 1
+    image, pen = canvas(width * across, height * (len(panels) // across))
+    for number, (title, groups) in enumerate(panels.items()):
+        left, top = number % across * width + 6, number // across * height + 26
+        right, bottom = left + width - 12, top + height - 32
+        groups = [(torch.as_tensor(points).double(), *rest) for points, *rest in groups]
+        every = torch.cat([points for points, *_ in groups])
+        low, high = every.amin(0), every.amax(0)
+        pen.text((left, top - 20), title, "black")
+        pen.rectangle((left, top, right, bottom), outline=GRAY)
+        if not dots:                           # the range of y
+            pen.text((left + 4, top + 2), f"{high[1]:.3g}", GRAY)
+            pen.text((left + 4, bottom - 18), f"{low[1]:.3g}", GRAY)
+        for points, color, name in groups:
+            share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
+            scale = torch.tensor([right - left, top - bottom])
+            places = torch.tensor([left, bottom]) + scale * share
+            spots = [tuple(place) for place in places.tolist()]
+            if not dots:
+                pen.line(spots, color, 2)
+            for x, y in spots if dots else spots[-1:]:
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), color)
+            where = tuple(places.mean(0).tolist()) if dots else spots[-1]
+            pen.text(where, name, "black", anchor="mm" if dots else "rb", stroke_width=2,
+                     stroke_fill="white")
+    with data.writing(path):
+        image.save(path)
 
 
 def draw_curve(log_csv, png):
     """The log as a picture: loss, kNN or own view found, neighbours of the same class."""
-    rows = read_log(log_csv)
-    names = [name for name in CHANCES if any(name in row for row in rows)]
-    image, pen = canvas(600, 30 + 170 * len(names))
-    for number, name in enumerate(names):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        chance = [(row["step"], row[CHANCES[name]]) for row in rows if CHANCES[name] in row]
-        (first, start), (last, end) = points[0], points[-1]
-        title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
-        if chance:
-            title += " (gray: chance)"
-        top = 28 + 170 * number
-        places = panel(pen, (20, top, 580, top + 140), title, chance + points, ".2f")
-        draw_line(pen, places[:len(chance)], GRAY)
-        draw_line(pen, places[len(chance):], BLUE)
-    with data.writing(png):
-        image.save(png)
+    rows, panels = read_log(log_csv), {}
+    for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
+                         ("same_class", "same_class_chance")):
+        lines = {}
+        for column, color in ((chance, GRAY), (name, BLUE)):
+            points = [(row["step"], row[column]) for row in rows if column in row]
+            if points:
+                lines[column] = points, color, ""
+        if name in lines:
+            (first, start), *_, (last, end) = 2 * lines[name][0]         # also of a single point
+            title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
+            panels[title + (" (gray: chance)" if chance else "")] = lines.values()
+    plot(png, panels, 600, 170)
 
 
 def draw_few_labels(path, networks):
     """Accuracy over the number of labels, by the linear probe and fine-tuned: {title: report}."""
-    lines = {}
-    for title, report in networks.items():
-        for kind in ("linear", "finetuned"):
+    lines = []
+    for number, (title, report) in enumerate(networks.items()):
+        for kind, color in (("linear", COLORS[4 * number % 12]),
+                            ("finetuned", COLORS[(4 * number + 2) % 12])):
             points = [(math.log10(row["labels"]), 100 * row[kind])
                       for row in report["few_labels"] if kind in row]
             if points:
-                lines[f"{kind}, {title}: {points[0][1]:.1f} to {points[-1][1]:.1f} %"] = points
-    image, pen = canvas(600, 330 + 18 * len(lines), "accuracy over number of labels (log scale)")
-    every = [point for points in lines.values() for point in points]
-    places = panel(pen, (20, 48, 580, 310), "", every, ".0f")
-    for number, (title, points) in enumerate(lines.items()):
-        draw_line(pen, places[:len(points)], COLORS[5 * number % 12])
-        places = places[len(points):]
-        pen.text((20, 318 + 18 * number), title, COLORS[5 * number % 12])
-    image.save(path)
+                lines.append((points, color, f"{kind}, {title}"))
+    plot(path, {"accuracy in % over number of labels (log scale)": lines}, 600, 420)
+
+
+def draw_map(path, networks, labels, names):
+    """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, at most
+    12."""
+    panels = {}
+    for title, features in networks.items():
+        x = unit(features)
+        x = x - x.mean(0)
+        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T    # (N, 2)
+        shown = zip(labels.unique().tolist(), COLORS)
+        panels[title] = [(plane[labels == c], color, names[c][:16]) for c, color in shown]
+    plot(path, panels, 420, 448, dots=True)
 
 
 def draw_rows(path, title, queries, query_rows, others, other_rows):
@@ -787,45 +744,18 @@ def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
               queue["index"][real][near])
 
 
-def draw_map(path, panels, labels, names, side=420):
-    """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, 12 at
-    most, each class's name at its centroid."""
-    image, pen = canvas(len(panels) * side, side + 28)
-    for number, (title, features) in enumerate(panels.items()):
-        x = unit(features)
-        x = x - x.mean(0)
-        plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T    # (N, 2)
-        left = number * side
-        places = panel(pen, (left, 28, left + side - 2, side + 26), title, plane)
-        shown = list(zip(labels.unique().tolist(), COLORS))
-        for c, color in shown:
-            for u, v in places[labels == c].tolist():
-                pen.ellipse((u - 2, v - 2, u + 2, v + 2), color)
-        for c, _ in shown:
-            center = tuple(places[labels == c].mean(0).tolist())
-            pen.text(center, names[c][:16], "black", anchor="mm", stroke_width=2,
-                     stroke_fill="white")
-    image.save(path)
-
-
 # ------------------------------------------------- one run after the other
 
 def read_settings(args, run):
     """The settings of a run, or of --weights, less what the flags say otherwise."""
+    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
     if run and not (run / "args.json").exists():
         raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as "
                         f"runs/...")
-    if not run and not args.arch:
-        raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
-    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
     if run:
-        try:
-            settings |= dict(json.loads((run / "args.json").read_text()))
-            if settings["arch"] not in ARCHS or not isinstance(settings["image_size"], int):
-                raise ValueError
-        except (ValueError, TypeError):
-            raise UserError(f"{run / 'args.json'} is damaged: pass the run's --weights and "
-                            f"--arch") from None
+        settings |= json.loads((run / "args.json").read_text())
+    elif not args.arch:
+        raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
     return settings
 
 
@@ -834,7 +764,7 @@ def evaluate(args, run):
     settings = read_settings(args, run)
     name, arch = args.data or settings["data"], args.arch or settings["arch"]
     classes = args.classes or ("folders" if args.data else settings["classes"])
-    splits = in_turn(name, lambda: load_splits(name, args.seed, classes=classes != "none"))
+    splits = load_splits(name, args.seed, classes=classes != "none")
     size = args.image_size or settings["image_size"] or data.default_image_size(splits.train)
     about = "without labels"
     if splits.names:
@@ -848,41 +778,38 @@ def evaluate(args, run):
         f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}"
         f"{splits.note}")
 
+    # All weights are tried before the long work begins.
     device, small = own_device(), (settings["image_size"] or size) <= data.SMALL
-    files = {"random": None, "pretrained": args.weights or run / "backbone.pt"}
-    if args.encoder == "key":
-        files["pretrained"] = args.weights or run / "last.pt"
+    part = "last.pt" if args.encoder == "key" else "backbone.pt"
+    files = {"random": None, "pretrained": args.weights or run / part}
     if args.against:
         files[f"against {Path(args.against).stem}"] = args.against
     nets = {}
     for network, file in files.items():
         torch.manual_seed(args.seed)
         nets[network] = build_backbone(arch, small).to(device, memory_format=torch.channels_last)
-        if file:                               # all are tried before the long work begins
+        if file:
             load_weights(nets[network], file, args.encoder)
-    if args.features:
-        with data.writing(args.features):      # tried, too
-            open(args.features, "ab").close()
     estimate_batch_norm(nets["random"], CenterView(splits.train, size), splits.train_rows,
                         device=device, workers=args.workers, seed=args.seed)
+
     picks = data.permutation(len(splits.val_rows), data.SAMPLE, args.seed, 2)
     report = dict(run=title, data=name, encoder=args.encoder, seed=args.seed, image_size=size,
                   train_images=len(splits.train_rows))
-    features, near = {}, {}
+    features = {}
     for network, net in nets.items():
-        file = args.features if network == "pretrained" else None
-        report[network], features[network], near[network] = measure(
-            net, splits, args, size, f"the {network} network", picks[:10], file)
-    if report["random"]:
-        try:
-            log = read_log(run / "log.csv") if run else []
-        except (OSError, ValueError):          # it is only a report
-            log = []
-            say(f"{run / 'log.csv'} is damaged or missing: the verdict does without it")
-        report["verdict"] = verdict(report["pretrained"], report["random"], log)
+        report[network], train_x, val_x = measure(net, splits, args, size, f"the {network} network")
+        features[network] = val_x
+        if network == "pretrained":
+            _, near = neighbors(unit(val_x[picks[:10]]), unit(train_x), 8, device=device)
+            if args.features:
+                write_features(args.features, splits, train_x, val_x)
+        del train_x                            # before the next network's
+    log = read_log(run / "log.csv") if run and (run / "log.csv").exists() else []
+    report["verdict"] = verdict(report["pretrained"], report["random"], log)
     return SimpleNamespace(run=run, title=title, twin=f"random {arch}, {Path(name).name}",
                            settings=settings, networks=list(nets), report=report, splits=splits,
-                           features=features, picks=picks, near=near["pretrained"])
+                           features=features, picks=picks, near=splits.train_rows[near])
 
 
 def write_result(args, result):
@@ -894,28 +821,28 @@ def write_result(args, result):
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
-        draw_rows(folder / f"neighbors{end}.png", "an image, then the nearest training images",
-                  splits.val, splits.val_rows[picks[:10]], splits.train, result.near)
-        if splits.names:
-            shown = picks[:2000]
-            panels = {network: x[shown] for network, x in result.features.items()}
-            draw_map(folder / f"map{end}.png", panels, splits.val.labels[splits.val_rows[shown]],
-                     splits.names)
-        if args.shares:
-            draw_few_labels(folder / f"few_labels{end}.png",
-                            {network: report[network] for network in result.networks})
-        # The queue's keys are of the images of pretraining.
-        if (splits.train.fingerprint == result.settings["dataset"]
-                and (result.run / "last.pt").exists()):
-            draw_soft_positives(folder / "soft_positives.png", load_file(result.run / "last.pt"),
-                                splits.train, args.seed)
+    draw_rows(folder / f"neighbors{end}.png", "an image, then the nearest training images",
+              splits.val, splits.val_rows[picks[:10]], splits.train, result.near)
+    if splits.names:
+        shown = picks[:2000]
+        features = {network: x[shown] for network, x in result.features.items()}
+        draw_map(folder / f"map{end}.png", features, splits.val.labels[splits.val_rows[shown]],
+                 splits.names)
+    if args.shares:
+        draw_few_labels(folder / f"few_labels{end}.png",
+                        {network: report[network] for network in result.networks})
+    # The queue's keys are of the images of pretraining.
+    same_data = report["data"] == result.settings["data"] and result.run
+    if same_data and (result.run / "last.pt").exists():
+        draw_soft_positives(folder / "soft_positives.png", load_file(result.run / "last.pt"),
+                            splits.train, args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures")
 
 
 def read_flags(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: data.exit_with(UserError(message))
+    parser.error = data.refuse
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
     add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
@@ -937,22 +864,12 @@ def read_flags(argv):
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=data.default_workers())
     args = parser.parse_args(argv)
-    data.refuse_empty(args)
-    if args.features and not args.features.endswith(".npz"):
-        raise UserError(f"--features {args.features}: pass a name that ends in .npz")
-    for name, least in {"image_size": 8, "workers": 0, "seed": 0, "epochs": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if not all(0 < share <= 1 for share in args.shares):
         raise UserError(f"--shares {args.shares}: must lie above 0 and be at most 1")
     if args.finetune and not args.shares:
         args.shares = [1.0]
     if len(args.runs) > 1 and (args.out or args.features):
         raise UserError("--out and --features take one run at a time")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.finetune or args.protocol != "cached"):
-        raise UserError("--finetune and --protocol augmented train in one process: start them "
-                        "without torchrun")
     return args
 
 
@@ -967,28 +884,21 @@ def newest_run():
 def main(argv=None):
     args = read_flags(argv)
     torch.set_flush_denormal(True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if own_device().type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))      # while the first measures
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
     results = [evaluate(args, run) for run in runs]
-    if data.is_first():
-        columns = {}
-        for result in results:
-            names = {"random": "random weights"}
-            if len(results) > 1:
-                names = {"random": result.twin, "pretrained": result.title}
-            for network in result.networks:
-                columns.setdefault(names.get(network, network), result.report[network])
-        labelled = any("knn" in column for column in columns.values())
-        print_table(columns, TABLE if labelled and not args.all else MEASURES)
-        for result in results:
-            say(f"{result.title}: {result.report['verdict']}")
-            if result.run or args.out:
-                write_result(args, result)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    columns = {}
+    for result in results:
+        names = {"random": "random weights"}
+        if len(results) > 1:
+            names = {"random": result.twin, "pretrained": result.title}
+        for network in result.networks:
+            columns.setdefault(names.get(network, network), result.report[network])
+    labelled = any("knn" in column for column in columns.values())
+    print_table(columns, TABLE if labelled and not args.all else MEASURES)
+    for result in results:
+        say(f"{result.title}: {result.report['verdict']}")
+        if result.run or args.out:
+            write_result(args, result)
 
 
 if __name__ == "__main__":
@@ -996,6 +906,3 @@ if __name__ == "__main__":
         main()
     except UserError as user_error:
         data.exit_with(user_error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

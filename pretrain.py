@@ -16,17 +16,17 @@ import copy
 import csv
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
 import shlex
 import signal
-import sys
 import time
-import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -157,9 +157,9 @@ def encode_keys(key_encoder, view, order):
     the queries: that of `order`, a permutation (N,) of the global batch.
     """
     # As (n, S, S, 3) a channels_last view is contiguous, which gather needs.
-    views = gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    shuffled = own_part(order)                                       # (n,) rows to encode here
-    keys = gather(key_encoder(views[shuffled]))                      # (N, D), permuted
+    views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    shuffled = data.own_part(order)                                       # (n,) rows to encode here
+    keys = data.gather(key_encoder(views[shuffled]))                      # (N, D), permuted
     return keys[order.argsort()]                                     # argsort undoes a permutation
 
 
@@ -191,8 +191,7 @@ def pretrain(args, stop):
     rank, world = start_processes()
     device = own_device()
     typed = vars(args).copy()                            # before the rest is filled in
-    dataset = lineval.in_turn(args.data, lambda: data.load_dataset(args.data, "train",
-                                                                   args.classes != "none"))
+    dataset = load_in_turn(args)
     if args.skip_unreadable:
         dataset = skip_unreadable(dataset)
     resolve(args, dataset)
@@ -221,7 +220,6 @@ def pretrain(args, stop):
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
-        write_about(run, args, encoder)        # if a kill came before it
     query_encoder = distribute(encoder, device) if world > 1 else encoder
     if args.compile:
         for part in (encoder, key_encoder):
@@ -232,15 +230,16 @@ def pretrain(args, stop):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    epochs = 2 ** 20 if args.dry_run else args.epochs    # a dry run may need more than a run has
+    epochs, ready = args.epochs, 0             # ready: so many batches before the clock starts
+    if args.dry_run:
+        epochs, ready = 2 ** 20, 2 * args.workers + 3        # may need more than a run has
     steps = data.schedule(len(dataset), args.batch_size, epochs, args.seed, rank=rank, world=world,
                           first_step=first_step)
+    if args.dry_run:
+        steps = itertools.islice(steps, 3 * ready + 10)
     loader = data.iterate(views, steps, args.workers, args.batch_size // world,
                           pin_memory=device.type == "cuda")
-    skip, count = 0, math.inf
-    if args.dry_run:
-        skip, count = 2 * args.workers + 3, 2 * args.workers + 10
-    batches = Batches(loader, device, skip, count)
+    batches = Batches(loader, device, ready)
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
     if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
@@ -263,7 +262,7 @@ def pretrain(args, stop):
         with autocast:
             q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
             keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
-        k = torch.cat([own_part(part) for part in keys])             # the positives of q
+        k = torch.cat([data.own_part(part) for part in keys])             # the positives of q
         smoothing = smoothing_at(step, per_epoch, args)
         loss, info = soft_info_nce(q, k, queue.keys, smoothing=smoothing, **loss_options)
 
@@ -274,7 +273,7 @@ def pretrain(args, stop):
         scaler.update()
         ema_update(encoder, key_encoder, args.key_momentum)          # key = m key + (1 - m) query
         near_images = queue.index[info["neighbors"]]                 # before the keys move on
-        images = gather(index).repeat(len(keys))
+        images = data.gather(index).repeat(len(keys))
         queue.enqueue(torch.cat(keys), images)
 
         done = step + 1
@@ -287,18 +286,11 @@ def pretrain(args, stop):
                 break
 
     # -- the end
-    if batches.failure:
-        kept = ""
-        if world == 1 and done > 0 and not args.dry_run:
-            save(run, args, done, encoder, key_encoder, optimizer, scaler, queue)
-            kept = f"; saved {run / 'last.pt'} at step {done}"
-        raise type(batches.failure)(f"{batches.failure}{kept}")
     if args.dry_run:
-        report_dry_run(args, loader, batches, total_steps)
+        report_dry_run(args, batches, total_steps)
     elif stopped and done < total_steps:
-        command = "the same command without --restart" if args.restart else "the same command"
-        say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; {command} "
-            f"continues")
+        say(f"stopped: saved {run / 'last.pt'} after step {done} of {total_steps}; the same "
+            f"command (without --restart) continues")
         return 128 + stop.asked
     else:
         say(f"done: {total_steps} steps. In {run}: backbone.pt (the weights, under torchvision's "
@@ -328,20 +320,16 @@ def start_processes():
     return rank, world
 
 
-def gather(x):
-    """Concatenate x (n, ...) of all processes, in order of rank -> (N, ...)."""
-    if not dist.is_initialized():
-        return x
-    whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous())
-    return whole
-
-
-def own_part(x):
-    """The rows of x (N, ...) that are this process's -> (n, ...)."""
-    if not dist.is_initialized():
-        return x
-    return x.chunk(dist.get_world_size())[dist.get_rank()]
+def load_in_turn(args):
+    """The dataset; where it may be downloaded, on each machine first by one process."""
+    waits = dist.is_initialized() and args.data in data.TORCHVISION
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if waits and not first:
+        dist.barrier()
+    dataset = data.load_dataset(args.data, "train", args.classes != "none")
+    if waits and first:
+        dist.barrier()
+    return dataset
 
 
 def distribute(encoder, device):
@@ -376,34 +364,23 @@ def average_buffers(*encoders):
 # ------------------------------------------------- batches and reports
 
 class Batches:
-    """The loader's batches, on the device, with a stopwatch, which leaves out the first `skip` of
-    them; at most `count` more. A loader that fails ends them, its reason is in `failure`."""
+    """The loader's batches, on the device, with a stopwatch that starts after `ready` of them."""
 
-    def __init__(self, loader, device, skip=0, count=math.inf):
-        self.loader, self.device, self.skip, self.count = loader, device, skip, count
-        self.failure = None
-        self.restart_clock()
-
-    def restart_clock(self):
-        self.start, self.waited, self.timed = time.perf_counter(), 0.0, 0
+    def __init__(self, loader, device, ready=0):
+        self.loader, self.device = loader, device
+        self.timed = -ready                    # batches since the stopwatch was started
+        self.start, self.waited = time.perf_counter(), 0.0
 
     def __iter__(self):
-        while self.timed < self.count:
-            if self.timed == self.skip:
-                self.skip = None
-                self.restart_clock()
-            asked = time.perf_counter()
-            try:
-                crops, params, index = next(self.loader)
-            except StopIteration:
-                return
-            except UserError as error:
-                self.failure = error
-                return
+        asked = time.perf_counter()
+        for crops, params, index in self.loader:
+            if self.timed == 0:
+                self.start, self.waited = asked, 0.0
             self.waited += time.perf_counter() - asked
             self.timed += 1
             crops = crops.to(self.device, non_blocking=True)
             yield crops, params, index.to(self.device, non_blocking=True)
+            asked = time.perf_counter()
 
     def seconds(self):
         if self.device.type == "cuda":
@@ -444,15 +421,14 @@ class Log:
         overdue = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         numbers = mean_over_processes(
             self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
-            nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
-            known=known.sum(), stop=bool(self.stop.asked), save=overdue)
+            nearest=info["nearest"].mean(), same_class=(theirs == own)[known].double().mean(),
+            stop=bool(self.stop.asked), save=overdue)
         if not math.isfinite(numbers["loss"]):
             raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
                             f"if any, is kept; try a lower --lr, a longer --warmup-epochs, or "
                             f"--amp off")
         numbers["spread"] = spread_of(torch.cat(keys))
-        if numbers["known"]:
-            numbers["same_class"] = numbers["same"] / numbers["known"]
+        if math.isfinite(numbers["same_class"]):             # labels are known
             numbers["same_class_chance"] = self.args.same_class_chance
         numbers |= self.evaluate(done)
         if data.is_first():
@@ -480,7 +456,9 @@ class Log:
     def write(self, done, numbers):
         args, batches = self.args, self.batches
         step, seconds = done - 1, batches.seconds()
-        row = {name: numbers[name] for name in COLUMNS if name in numbers} | dict(
+        row = {name: value for name, value in numbers.items()
+               if name in COLUMNS and math.isfinite(value)}
+        row |= dict(
             epoch=step // self.per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
             smoothing=smoothing_at(step, self.per_epoch, args),
             lr=lr_at(step, self.per_epoch, args),
@@ -519,45 +497,27 @@ def spread_of(z):
     return z.double().std(0).mean().item() * math.sqrt(z.shape[1])
 
 
-def report_dry_run(args, loader, batches, total_steps):
-    """Speed, memory and time of the whole run. The slower of step and loader counts: of batches
-    that lay ready, steps are too fast."""
-    training = batches.timed * args.batch_size / batches.seconds()
-    rate, words = training, ""
-    if args.workers:
-        rest = Batches(loader, batches.device, skip=2 * args.workers, count=batches.count)
-        for _ in rest:
-            pass
-        loading = rest.timed * args.batch_size / rest.seconds()
-        loader.close()                         # the system tells a worker's memory at its end
-        rate, words = min(training, loading), f", the loader alone {loading:.0f}"
+def report_dry_run(args, batches, total_steps):
+    """Speed, memory and time of the whole run."""
+    rate = batches.timed * args.batch_size / batches.seconds()
     hours = total_steps * args.batch_size / rate / 3600
-    say(f"dry run: {training:.0f} images/s{words}, peak memory {peak_memory(batches.device)}; the "
-        f"whole run of {total_steps} steps would take {hours:.2f} hours without its kNN. Nothing "
-        f"was written.")
+    say(f"dry run: {rate:.0f} images/s, waiting for images {batches.waited / batches.seconds():.0%}"
+        f" of the time, peak memory {peak_memory(batches.device):.1f} GiB; the whole run of "
+        f"{total_steps} steps would take {hours:.2f} hours without its kNN. Nothing was written.")
 
 
 def peak_memory(device):
+    """In GiB: of the GPU, or of this process."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of the GPU"
-    try:
-        import resource                        # not on Windows
-    except ImportError:
-        return "unknown on this system"
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, worker = (resource.getrusage(who).ru_maxrss * unit / 2 ** 30
-                   for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return f"{own:.1f} GiB a process, {worker:.1f} GiB a loader worker"
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource                            # Linux alone counts in KiB; Windows has none
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
 # ------------------------------------------------- the run's folder
 
-# args.json is not among them: a kill must never leave a folder that nobody owns.
-WRITTEN = ("log.csv", "last.pt", "backbone.pt", "backbone.json", "views.png",
-           "curve.png", "lineval*.json", "neighbors*.png", "map*.png", "few_labels*.png",
-           "soft_positives*.png")
 MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
-              "restart", "dry_run", "skip_unreadable", "out", "images", "same_class_chance"}
+              "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
 
 
 def default_run(args, typed, dataset):
@@ -573,104 +533,49 @@ def default_run(args, typed, dataset):
 def open_run(run, args):
     """Take the run's folder -> its checkpoint to continue from, or None for a new start."""
     with data.writing(run):
-        found = {path.name for path in run.iterdir()} if run.exists() else set()
-        if found - {"lock", "args.json.tmp"} and not (run / "args.json").is_file():
-            raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
-                            f"folder with --out")
-        if data.is_first():
-            run.mkdir(parents=True, exist_ok=True)
-            lock(run)
-    if dist.is_initialized():
-        dist.barrier()                         # nobody looks before the first process has the lock
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        run.mkdir(parents=True, exist_ok=True)
+        found = {path.name for path in run.iterdir() if path.suffix != ".tmp"}
+    if found and "args.json" not in found:
+        raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
+                        f"folder with --out")
     checkpoint = None
-    if not args.restart or restarted:
-        if (run / "last.pt").exists():
-            checkpoint = load_file(run / "last.pt")
-            compare_settings(run, checkpoint, args)
-        elif (run / "backbone.json").exists():           # which is written after last.pt
-            raise UserError(f"{str(run)!r} holds weights, but no last.pt to continue from: give "
-                            f"another folder with --out, or write over them with --restart")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if "last.pt" in found and (restarted or not args.restart):
+        checkpoint = load_file(run / "last.pt")
+        compare_settings(run, checkpoint, args)
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier()                         # all have looked before the first one changes it
     if data.is_first() and not checkpoint:
-        with data.writing(run):
-            for pattern in WRITTEN:
-                for path in run.glob(pattern):
-                    path.unlink()
         write(run / "args.json", json.dumps(vars(args), indent=1).encode())
+        for name in ("last.pt", "log.csv"):
+            (run / name).unlink(missing_ok=True)
     return checkpoint
-
-
-def lock(run):
-    """Own the folder as long as this process lives; raise UserError if another one does."""
-    try:
-        import fcntl                           # not on Windows: there, nobody watches
-    except ImportError:
-        return
-    file = open(run / "lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{str(run)!r} is in use by another process: wait for it, or give another "
-                        f"folder with --out") from None
-    LOCKS.append(file)                         # open, and so locked, until the process ends
-
-
-LOCKS = []
 
 
 def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
-    if not {"settings", "step", "encoder", "queue"} <= checkpoint.keys():
-        raise UserError(f"{run / 'last.pt'} is not a checkpoint of this program: move it away, or "
-                        f"pass --restart")
-    old, new = checkpoint["settings"], vars(args)
+    old, new = checkpoint.get("settings", {}), vars(args)
     different = sorted(name for name in {*old, *new} - MAY_DIFFER if old.get(name) != new.get(name))
-    if not different:
-        return
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
-    if "dataset" in different:                 # a hash, which tells nobody anything
-        place = different.index("dataset")
-        words[place] = f"{old.get('images')} images before, {new['images']} now, or others"
-    longer = ""
-    if "epochs" in different:
-        longer = (f"; for more epochs start anew from its weights: --init {run / 'backbone.pt'} "
-                  f"--out NEW")
-    raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "
-                    f"the old command, another folder with --out, or --restart{longer}")
+    if words:
+        raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "
+                        f"the old command, another folder with --out, or --restart; for more "
+                        f"epochs start anew from its weights, with --init {run / 'backbone.pt'}")
 
 
 def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
     """Put a checkpoint's state into place, cut the log to it -> the step it was saved after."""
-    try:
-        encoder.load_state_dict(checkpoint["encoder"])
-        key_encoder.load_state_dict(checkpoint["key_encoder"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        queue.keys.copy_(checkpoint["queue"]["keys"])
-        queue.index.copy_(checkpoint["queue"]["index"])
-        queue.pointer = int(checkpoint["queue"]["pointer"])
-        step, log_bytes = int(checkpoint["step"]), int(checkpoint["log_bytes"])
-    except Exception as error:                 # torch raises many types
-        reason = repr(error)[:90]              # in one line
-        raise UserError(f"{run / 'last.pt'} is damaged ({reason}): use another copy, or start "
-                        f"afresh with --restart") from None
-    if data.is_first() and (run / "log.csv").exists():
-        cut_log(run / "log.csv", log_bytes)
-    return step
-
-
-def cut_log(path, size):
-    """Drop what came after the checkpoint, and comes again. A damaged log is put aside: it is only
-    a report."""
-    os.truncate(path, min(size, path.stat().st_size))
-    try:
-        lineval.read_log(path)
-    except ValueError:
-        aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
-        say(f"{path} was damaged: put aside as {aside.name}, a new one begins")
+    encoder.load_state_dict(checkpoint["encoder"])
+    key_encoder.load_state_dict(checkpoint["key_encoder"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    queue.keys.copy_(checkpoint["queue"]["keys"])
+    queue.index.copy_(checkpoint["queue"]["index"])
+    queue.pointer = checkpoint["queue"]["pointer"]
+    log = run / "log.csv"
+    if data.is_first() and log.exists():       # what came after the checkpoint comes again
+        os.truncate(log, min(checkpoint["log_bytes"], log.stat().st_size))
+    return checkpoint["step"]
 
 
 def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
@@ -694,16 +599,6 @@ def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
                  scaler=scaler.state_dict(), log_bytes=log.stat().st_size if log.exists() else 0,
                  queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
     write(run / "last.pt", serialize(state))
-    write_about(run, args, encoder)
-
-
-def write_about(run, args, encoder):
-    """backbone.json: what there is to know of backbone.pt."""
-    about = dict(arch=args.arch, feature_dim=encoder.backbone.feature_dim, data=args.data,
-                 image_size=args.image_size, small_images=args.image_size <= data.SMALL,
-                 mean=data.MEAN, std=data.STD)
-    if data.is_first() and not (run / "backbone.json").exists():
-        write(run / "backbone.json", json.dumps(about, indent=1).encode())
 
 
 def serialize(content):
@@ -742,7 +637,7 @@ def read_args(argv=None):
     """The command line -> args; settings of the recipes are None where not given."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = data.refuse
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, or a folder of images")
     add("--classes", default="folders", choices=("folders", "none"),
@@ -775,17 +670,11 @@ def read_args(argv=None):
             add(flag, choices=WEIGHTINGS, help=columns)
         elif name == "smoothing_schedule":
             add(flag, choices=("constant", "cosine"), help=columns)
+        elif name == "hidden_dim":
+            add(flag, type=parse_width, help=columns)
         else:
             add(flag, type=type(value), help=columns)
-    args = parser.parse_args(argv)
-    data.refuse_empty(args)
-    return args
-
-
-def refuse(message):
-    if "--local" in message:
-        message += ": start with torchrun, which passes the rank by the environment"
-    raise UserError(message)
+    return parser.parse_args(argv)
 
 
 def resolve(args, dataset):
@@ -810,18 +699,21 @@ def resolve(args, dataset):
     known = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
-    args.dataset, args.images = dataset.fingerprint, len(dataset)
+    args.dataset = f"{len(dataset)} images, {dataset.fingerprint}"
 
 
 def hidden_width(width, arch):
     """"2x" -> twice the feature's width; "2048" -> 2048."""
+    if not width.endswith("x"):
+        return int(width)
     with torch.device("meta"):
-        feature_dim = ARCHS[arch]().feature_dim
-    try:
-        return round(float(width[:-1]) * feature_dim) if width.endswith("x") else int(width)
-    except (ValueError, OverflowError):
-        raise UserError(f"--hidden-dim {width}: pass a width, or one in feature widths such as "
-                        f"2x") from None
+        return round(float(width[:-1]) * ARCHS[arch]().feature_dim)
+
+
+def parse_width(text):
+    """For argparse: what hidden_width can read, as it is, or ValueError."""
+    float(text.removesuffix("x"))
+    return text
 
 
 def resolve_amp(amp):
@@ -912,31 +804,25 @@ def skip_unreadable(dataset):
     say(f"training without {len(unreadable)} of {len(dataset)} files, which cannot be read")
     for error in unreadable.values():
         say(f"  {error}")
-    return dataset.without(list(unreadable)) if unreadable else dataset
+    return dataset.without(list(unreadable))
 
 
 # ------------------------------------------------- start and end
 
 class StopSignals:
-    """Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP: stop after this step and save. Again: stop now."""
+    """Ctrl-C, SIGTERM or SIGUSR1: stop after this step and save. Again: stop now."""
 
-    def __init__(self, wanted=True):
-        self.asked, self.before = 0, {}
-        names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if wanted else ()
-        for name in names:
-            number = getattr(signal, name, None)                     # Windows has two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:     # as nohup wants it
-                self.before[number] = signal.signal(number, self.handle)
+    def __init__(self):
+        self.asked = 0
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):                                # Windows has two of them
+                signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, _):
         if self.asked:
             os._exit(128 + number)
         self.asked = int(number)
         say("stopping after this step; again to stop now")
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def keep_freed_memory():
@@ -956,44 +842,22 @@ DEFAULTS = vars(read_args([]))
 
 
 def main(argv=None):
-    """`pretrain` with the command line; -> exit code."""
+    """`pretrain` with the command line -> exit code."""
     args = read_args(argv)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = True      # shapes are fixed
     if not torch.cuda.is_available():
         keep_freed_memory()
-    stop = StopSignals(wanted=not args.dry_run)
-    try:
-        return pretrain(args, stop)
-    finally:
-        stop.restore()
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
-
-
-def run(argv=None):
-    """`main`, with what somebody did wrong as one line and no traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")                # file names may be anything
-    try:
-        sys.exit(main(argv))
-    except UserError as error:
-        data.exit_with(error)
-    except KeyboardInterrupt:
-        sys.exit("interrupted before the first step: nothing was saved")
-    except Exception as error:
-        if any(words in str(error) for words in ("out of memory", "allocate memory")):
-            reason = str(error).splitlines()[0][:100]
-            data.exit_with(data.LocalError(f"too little memory ({reason}): pass a smaller "
-                                           f"--batch-size, --image-size or --queue-size"))
-        # gloo and NCCL report that a process has left; its own message says why.
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            print(f"process {os.environ['RANK']} ends, since another one did: "
-                  f"{data.last_line(error)}", file=sys.stderr)
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)                            # without waiting for the loader's workers
+    stop = SimpleNamespace(asked=0) if args.dry_run else StopSignals()
+    code = pretrain(args, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
-    run()
+    try:
+        raise SystemExit(main())
+    except UserError as user_error:
+        data.exit_with(user_error)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchvision.transforms.v2 import functional as TF
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,8 +38,8 @@ def write_images(folder, count, classes=("a", "b", "c"), size=32, splits=("train
     """Folder of PNGs in ImageNet's layout: shapes, `count` a split."""
     from PIL import Image
     for number, split in enumerate(splits):
-        drawn = data.draw_shapes(count, 100 + number, size)
-        for i, image in enumerate(drawn.pictures):
+        drawn = data.draw_shapes(count, 100 + number)
+        for i, image in enumerate(TF.resize(drawn.pictures, [size, size], antialias=True)):
             where = folder / split / classes[int(drawn.labels[i]) % len(classes)]
             where.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(where / f"{i:04d}.png")

@@ -6,4 +6,4 @@ import torch
 torch.set_default_dtype(torch.float64)
 import pretrain     # noqa: E402
 
-pretrain.run(sys.argv[1:])
+sys.exit(pretrain.main(sys.argv[1:]))

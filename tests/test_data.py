@@ -2,10 +2,7 @@
 import errno
 import io
 import os
-import runpy
-import signal
 import struct
-import time
 import weakref
 import zlib
 from types import SimpleNamespace
@@ -250,40 +247,17 @@ def first_batch(views, workers=1, batch_size=2):
 def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
     views = CenterView([(random_picture(32, 32), 0)] * 2, 32)
-    with pytest.raises(LocalError, match="72 MiB.*64.*--workers.*--shm-size") as error:
-        first_batch(views, workers=4, batch_size=3072)        # of 3 kB: 9 MiB a batch
+    with pytest.raises(LocalError, match="144 MiB.*--workers.*--shm-size") as error:
+        first_batch(views, workers=4, batch_size=3072)        # two views of 3 kB: 18 MiB a batch
     assert "\n" not in str(error.value)
     first_batch(views, workers=0, batch_size=3072)            # needs none
-
-
-class Fails:
-    """Views whose items call `how`."""
-    size, views_an_image = 32, 1
-
-    def __init__(self, how):
-        self.how = how
-
-    def __getitem__(self, index):
-        self.how()
-        return index
-
-
-@pytest.mark.parametrize("how, words", [
-    (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed.*memory.*fewer --workers"),
-    (lambda: time.sleep(2), "timed out.*disk does not answer"),
-])
-def test_a_worker_that_is_killed_or_hangs_is_one_line(monkeypatch, how, words):
-    monkeypatch.setattr(data, "LOADER_TIMEOUT", 1)
-    with pytest.raises(LocalError, match=words) as error:
-        first_batch(Fails(how))
-    assert "\n" not in str(error.value)
 
 
 def test_an_unreadable_file_is_named_from_inside_a_worker(tree):
     (tree / "a" / "000.png").write_bytes(b"no image")
     with pytest.raises(LocalError) as error:
         first_batch(CenterView(load_dataset(str(tree), "train"), 32))
-    assert str(error.value).startswith(repr(str(tree / "a" / "000.png")))
+    assert data.last_line(error.value).startswith(repr(str(tree / "a" / "000.png")))
 
 
 # ------------------------------------------------- datasets
@@ -328,14 +302,6 @@ def test_splits_are_known_in_usual_spellings(tmp_path, train, val):
     assert load_dataset(str(tmp_path), "val").classes == ["a", "b", "c"]
 
 
-def test_classes_that_look_like_splits_are_refused_and_classes_may_be_ignored(tmp_path):
-    write_tree(tmp_path, 6, ("",), classes=("test", "val"))
-    with pytest.raises(UserError, match="look like splits.*--classes none"):
-        load_dataset(str(tmp_path), "train")
-    dataset = load_dataset(str(tmp_path), "train", classes=False)
-    assert dataset.classes == [] and dataset.labels.tolist() == [-1] * 6
-
-
 def test_what_unpackers_leave_and_links_back_change_nothing(tmp_path):
     root = write_tree(tmp_path / "far" / "split", 12)
     before = load_dataset(str(root), "train")
@@ -355,37 +321,12 @@ def test_what_unpackers_leave_and_links_back_change_nothing(tmp_path):
     assert len(load_dataset(str(root), "train")) == 12 + 4
 
 
-def test_what_these_scripts_write_never_counts(tree):
-    before = load_dataset(str(tree), "train")
-    run = tree / "runs" / "one"
-    save(before[0][0], run / "pictures" / "nearest.png")
-    save(before[0][0], run / "views.png")
-    (run / "args.json").write_text("{}")
-    for folder in (tree, tree / "a"):
-        save(before[0][0], folder / "view_pairs.png")
-    now = load_dataset(str(tree), "train")
-    assert now.classes == before.classes and now.fingerprint == before.fingerprint
-
-
-def test_images_by_extension_or_content_are_read_and_others_are_counted(tree):
-    picture = Image.open(tree / "a" / "000.png")
-    picture.save(tree / "one.jfif", "JPEG")
-    picture.save(tree / "two", "PNG")
-    picture.save(tree / "three.eps", "PNG")
-    (tree / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    for name in ("readme.txt", "labels.txt", "LICENSE"):
-        (tree / name).write_text("to be read by people")
-    dataset = load_dataset(str(tree), "train")
-    assert len(dataset) == 12 + 3 and not data.find_unreadable(dataset)
-    assert dataset.left_out == {".heic": 1, ".txt": 2, "without extension": 1}
-
-
 def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "readme.txt").write_text("x")
-    for name, words in (("", "does not exist"), (tmp_path / "nowhere", "nowhere.*does not exist"),
+    for name, words in (("", "no folder"), (tmp_path / "nowhere", "nowhere.*no folder"),
                         (tmp_path / "text", "no images.*1 .txt"),
-                        (tmp_path / "text" / "readme.txt", "is a file")):
+                        (tmp_path / "text" / "readme.txt", "no folder")):
         with pytest.raises(UserError, match=words):
             load_dataset(str(name), "train")
     write_tree(tmp_path / "split", 6, ("train",))
@@ -428,7 +369,7 @@ def test_stl10s_transposed_arrays_are_read(monkeypatch):
 def odd_files(folder):
     """13 unusual kinds of image that people have."""
     folder.mkdir()
-    rgb = data.draw_shapes(1, 7, 40).pictures[0].permute(1, 2, 0).numpy()
+    rgb = data.draw_shapes(1, 7).pictures[0, :, :40, :40].permute(1, 2, 0).numpy()
     picture = Image.fromarray(rgb)
     for mode, name in (("CMYK", "cmyk.jpg"), ("L", "gray.jpg"), ("P", "palette.png"),
                        ("RGBA", "alpha.png"), ("1", "bits.png"), ("RGB", "upper.JPEG"),
@@ -498,14 +439,6 @@ def test_a_jpeg_may_be_larger_than_pillows_limit(tmp_path, monkeypatch):
         data.read_image(str(tmp_path / "PNG"))
 
 
-def test_too_little_memory_is_no_fault_of_the_picture(tree, monkeypatch):
-    def full(*_, **__):
-        raise MemoryError
-    monkeypatch.setattr(data.Image, "open", full)
-    with pytest.raises(UserError, match="cannot read .*000.png': out of memory$"):
-        data.read_image(str(tree / "a" / "000.png"))
-
-
 def test_no_file_starts_another_program(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))
@@ -555,7 +488,7 @@ def test_data_py_tells_what_it_found_and_draws_view_pairs(tmp_path, tree):
     os.mkfifo(tree / "pipe")
     result = run_script("data.py", tree, cwd=tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
-    for words in ("train: 27 images", "4 classes (a, b, c, odd", "of 4 to 13 images", "1 .txt",
+    for words in ("train: 27 images", "4 classes (a, b, c, odd", "without a label: 0", "1 .txt",
                   "cannot be read: 2", "broken.jpg' cannot be decoded (cannot identify",
                   "pipe.jpg': no regular file"):
         assert words in result.stdout, result.stdout
@@ -570,26 +503,6 @@ def test_names_that_no_terminal_can_print_are_escaped_in_one_line(tmp_path, tree
     assert result.returncode == 0, result.stderr
     assert "(b, c, caf\\udce9" in result.stdout
     assert "x\\udcff\\ny.jpg' cannot be decoded" in result.stdout
-
-
-def test_twelve_bits_stored_in_sixteen_are_noticed(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    twelve = (NOISE[..., 0].astype(np.uint16) << 4) + 15
-    (tmp_path / "scans").mkdir()
-    for i in range(2):
-        Image.fromarray(twelve << 4 * i).save(tmp_path / "scans" / f"{i}.png")
-    data.describe("scans")
-    assert "nearly black: 1 of 2 looked at (12 bits stored in 16?" in capsys.readouterr().out
-
-
-def test_ctrl_c_in_data_py_is_one_line(tmp_path, monkeypatch):
-    def interrupt(_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(os, "scandir", interrupt)
-    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path)])
-    with pytest.raises(BaseException) as stopped:             # KeyboardInterrupt would end pytest
-        runpy.run_path(data.__file__, run_name="__main__")
-    assert stopped.value.code == "interrupted"                # Python prints it; the code is 1
 
 
 def test_data_py_without_a_dataset_says_what_to_pass(tmp_path):

@@ -17,6 +17,7 @@ once, at the end); pinned memory; cuDNN's and NCCL's own ways, and everything el
 inside one operation. --compile and fp16 (whose scaler reads a number each step) are not traced.
 """
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -243,7 +244,7 @@ def trace_steps(argv, world):
 
     class FewBatches(pretrain.Batches):
         def __init__(self, loader, device, *_):
-            super().__init__(loader, device, count=steps)
+            super().__init__(itertools.islice(loader, steps), device)
 
         def __iter__(self):
             for batch in super().__iter__():

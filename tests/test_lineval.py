@@ -1,15 +1,13 @@
 """Every measure against its naive formula; the verdict; the report as a user gets it; bad input."""
 import json
 import math
-import runpy
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_of, one_line_error, run_script, torchrun, write_images
+from conftest import error_of, one_line_error, run_script, write_images
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -202,8 +200,7 @@ def test_representation_space_is_its_formulas():
     expected = dict(
         own_view=sum(all(a[i] @ b[i] > a[i] @ a[j] for j in n if j != i) for i in n) / 50,
         others_farther_from_view=float(farther) / (50 * 49),
-        alignment=sum(d2(a[i], b[i]) for i in n) / 50,
-        alignment_views=sum(d2(b[i], c[i]) for i in n) / 50,
+        alignment=sum(d2(b[i], c[i]) for i in n) / 50,
         uniformity=math.log(potential),
         intra_class=sum(within) / 3,
         inter_class=sum(d2(a[i], a[j]) for i, j in across) / len(across),
@@ -300,16 +297,6 @@ def test_while_training(images):
     unlabelled = lineval.load_splits(str(images), classes=False)
     found = lineval.measure_online(encoder, unlabelled, 32, 0, **options)
     assert found.keys() == {"own_view"} and 0 < found["own_view"] <= 1
-
-
-def test_one_process_downloads_while_the_others_wait(monkeypatch):
-    done = []
-    monkeypatch.setattr(lineval.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(lineval.dist, "barrier", lambda: done.append("wait"))
-    for rank, name in ((0, "cifar10"), (1, "cifar10"), (1, "my photos")):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        lineval.in_turn(name, lambda: done.append("load"))
-    assert done == ["load", "wait", "wait", "load", "load"]
 
 
 FLAGS = ["--workers", "0"]
@@ -418,24 +405,13 @@ def test_few_labels_fine_tuning_another_network_and_the_features(run, images, tm
     assert there["paths"][5] == train.path(5) and there["labels"][5] == train.labels[5]
 
 
-@pytest.mark.slow
-def test_two_processes_report_the_same(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    reports = []
-    for start in (run_script, partial(torchrun, 2)):
-        result = start("lineval.py", "run", *FLAGS, cwd=tmp_path)
-        assert result.returncode == 0 and result.stdout.count("linear probe %") == 1, result.stderr
-        reports.append(json.loads((tmp_path / "run" / "lineval.json").read_text()))
-    assert reports[0] == reports[1]
-
-
 def test_curve(tmp_path):
-    for log in (LOG, "step,loss\n1,5\n", ""):                            # one row, and none
+    for log in (LOG, "step,loss\n1,5\n"):                               # and one row alone
         (tmp_path / "log.csv").write_text(log)
         lineval.draw_curve(tmp_path / "log.csv", tmp_path / "curve.png")
         with Image.open(tmp_path / "curve.png") as image:
-            colors = [color for _, color in image.getcolors(10_000)]
-            assert (lineval.BLUE in colors) == bool(log)
+            assert image.height == 170 * (3 if log == LOG else 1)
+            assert lineval.BLUE in [color for _, color in image.getcolors(10_000)]
 
 
 def test_frames_tell_classes(tmp_path):
@@ -453,15 +429,10 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     write_images(tmp_path / "lonely", 5, splits=("train",))
     write_images(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
     (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "args.json").write_text("{")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     torch.save([1, 2], tmp_path / "list.pt")
     weights = build_backbone("resnet18").state_dict()
     torch.save(weights, tmp_path / "resnet18.pt")
-    weights["layer3.0.conv1.weight"][0, 0] = math.nan
-    torch.save(weights, tmp_path / "nan.pt")
-    (tmp_path / "x.safetensors").write_bytes(b"x")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "resnet18.pt").read_bytes()[:10 ** 6])
     monkeypatch.chdir(tmp_path)
     bare = ["--arch", "resnet18", "--data", str(images), "--image-size", "72", "--weights"]
@@ -470,45 +441,19 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         (["nowhere"], ["nowhere", "args.json"]),
         ([str(run), "--data", "empty"], ["no images"]),
         ([str(run), "--data", "lonely"], ["1 validation images", "at least 2"]),
-        ([str(run), "--image-size", "4"], ["--image-size 4", "at least 8"]),
         (["--weights", "bad.pt"], ["--arch"]),
         (["--arch", "vit"], ["vit", "resnet18"]),
         ([str(run), "--shares", "0"], ["--shares", "above 0"]),
         ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
-        (["damaged"], ["args.json", "damaged"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
         ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),
         ([*bare, "list.pt"], ["list.pt", "state dict"]),
-        ([*bare, "nan.pt"], ["nan.pt: layer3.0.conv1.weight", "not finite"]),
-        ([*bare, "x.safetensors"], ["x.safetensors", "torch.save"]),
-        ([*bare, ""], ["--weights is empty"]),
-        ([str(run), "--data", ""], ["--data is empty"]),
         ([*bare, "resnet18.pt", "--arch", "resnet50"], ["resnet18.pt", "does not fit", "timm"]),
     ):
         line = error_of(lineval.main, argv, capsys)
         assert all(word in line for word in words), (argv, line)
     one_line_error(run_script("lineval.py", "nowhere", cwd=tmp_path), "nowhere")
-
-
-def test_damaged_settings_are_one_line_and_a_damaged_log_is_no_matter(run, images, tmp_path, capsys,
-                                                                     monkeypatch):
-    folder = shutil.copytree(run, tmp_path / "run")
-    whole = (folder / "args.json").read_text()
-    for content in ("{", "[1]", "null", "{}", '{"arch": "vit", "image_size": 32}',
-                    '{"arch": "resnet18", "image_size": "x"}'):
-        (folder / "args.json").write_text(content)
-        line = error_of(lineval.main, [str(folder)], capsys)
-        assert "args.json is damaged" in line and "--weights" in line
-    (folder / "args.json").write_text(whole)
-    for content in (b"step\nsix\n", b"step\n1,2\n", b"step\n\xff\n"):
-        (folder / "log.csv").write_bytes(content)
-        with pytest.raises(ValueError):
-            lineval.read_log(folder / "log.csv")
-    monkeypatch.setattr(lineval, "measure",
-                        lambda *_: (report(own=0.2), torch.zeros(96, 3), torch.zeros(10, 8)))
-    assert "no better" in lineval.evaluate(lineval.read_flags([str(folder)]), folder).report["verdict"]
-    assert "log.csv is damaged" in capsys.readouterr().out
 
 
 def test_the_table_is_printed_whatever_happens_after(tmp_path, capsys, monkeypatch):
@@ -521,22 +466,6 @@ def test_the_table_is_printed_whatever_happens_after(tmp_path, capsys, monkeypat
         lineval.main(["run", "--out", str(tmp_path / "file")])
     output = capsys.readouterr().out
     assert "own view found %" in output and "a run: done" in output
-
-
-def test_features_are_refused_before_the_long_work(run, capsys, monkeypatch):
-    monkeypatch.setattr(lineval, "measure", None)
-    for file, words in (("x.npy", "ends in .npz"), ("/nowhere/x.npz", "cannot write '/nowhere/x.npz'")):
-        assert words in error_of(lineval.main, [str(run), "--features", file, *FLAGS], capsys)
-
-
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "load_dataset", interrupt)
-    monkeypatch.setattr("sys.argv", ["lineval.py", "--weights", "x", "--arch", "resnet18"])
-    with pytest.raises(BaseException) as stopped:             # KeyboardInterrupt would end pytest
-        runpy.run_path(lineval.__file__, run_name="__main__")
-    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_pickle_with_code_as_weights_runs_nothing(tmp_path):

@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 
 class LocalError(UserError):
-    """A UserError that one of several processes alone has seen, so that it must print it."""
+    """A UserError that one of several processes alone may have seen, so that each prints it."""
 
 
 # ------------------------------------------------- randomness, keyed by what it is for
@@ -296,7 +296,8 @@ class Images:
             # One array: a million strings would be copied by every loader worker.
             self.pictures = np.array(pictures)
             content = os.fsencode("\n".join(pictures))
-        self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+        hashed = hashlib.blake2b(content, digest_size=8).hexdigest()
+        self.fingerprint = f"{len(self)} images, {hashed}"
 
     def __len__(self):
         return len(self.pictures)
@@ -318,6 +319,8 @@ class Images:
         if not indices:
             return self
         keep = np.setdiff1d(np.arange(len(self)), indices)
+        if len(keep) == 0:
+            raise UserError(f"none of the {len(self)} images in {self.root!r} can be read")
         return Images(self.name, self.pictures[keep].tolist(), self.labels[keep], self.classes,
                       self.root, self.left_out)
 
@@ -366,17 +369,19 @@ def find_splits(path):
         raise UserError(f"--data {path!r} is no folder: pass a folder of images or one of "
                         f"{', '.join(NAMES)}")
     root = os.path.realpath(path)
-    # As people call them: Training, train2017, valid, ...
-    folders = {name.lower().rstrip("0123456789"): os.path.join(root, name)
-               for name in sorted(os.listdir(root))
-               if os.path.isdir(os.path.join(root, name))}
-    train = folders.get("train", folders.get("training"))
-    if train is None:
+    folders = [name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))]
+
+    def named(*names):                         # also Train, train2017
+        return [os.path.join(root, folder) for folder in folders
+                if folder.lower().rstrip("0123456789") in names]
+
+    train = named("train", "training")
+    val = named("val", "valid", "validation") + named("test", "testing")
+    if len(train) > 1:
+        raise UserError(f"{root!r} has several training splits: pass --data with one of them")
+    if not train:
         return root, None
-    for name in ("val", "valid", "validation", "test", "testing"):
-        if name in folders:
-            return train, folders[name]
-    return train, None
+    return train[0], val[0] if val else None
 
 
 def has_val(name):
@@ -412,8 +417,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000
 def find_images(folder):
     """Sorted paths of the images at any depth, relative to `folder`; counts of the other files.
 
-    A file is an image if its extension is one of Pillow's for `FORMATS`. Hidden files are passed
-    over. Raises UserError for a folder that cannot be listed.
+    A file is an image if its extension is one of Pillow's for `FORMATS`. Passed over: hidden files
+    and folders, runs of pretrain.py, links back to a folder they lie in. Raises UserError for a
+    folder that cannot be listed.
     """
     def refuse(error):
         raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
@@ -422,8 +428,9 @@ def find_images(folder):
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
     paths, left_out = [], Counter()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        if os.path.realpath(where) in map(os.path.realpath, Path(where).parents):
-            folders.clear()                    # a link to where it lies would never end
+        leads_back = os.path.realpath(where) in map(os.path.realpath, Path(where).parents)
+        if leads_back or "args.json" in files:
+            folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
@@ -470,8 +477,8 @@ def read_image(path):
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:                 # Pillow raises many types, SyntaxError too
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise LocalError(f"{path!r} cannot be decoded ({reason}): replace it, or train without "
-                         f"such files by --skip-unreadable") from None
+        raise LocalError(f"{path!r} cannot be decoded ({reason}): replace or remove it; pretrain.py"
+                         f" can do without such files by --skip-unreadable") from None
 
 
 def find_unreadable(dataset):
@@ -598,9 +605,11 @@ def draw_view_pairs(two_views, path, count=8):
 def iterate(views, batches, workers, batch_size, pin_memory=False):
     """Yield crops, params, index of each list of items in `batches`, of at most `batch_size`.
 
-    Raises LocalError where workers would run out of shared memory, which would hang them.
+    Raises LocalError for an image that cannot be read, and where workers would run out of shared
+    memory, which would hang them.
     """
-    needed = workers * 2 * batch_size * 2 * 3 * views.size ** 2      # two batches of two views each
+    views_an_image = 2 if isinstance(views, TwoViews) else 1
+    needed = workers * 2 * batch_size * views_an_image * 3 * views.size ** 2       # 2 lie ready
     if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
         raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, more than "
                          f"are free: pass fewer --workers (0: none), or docker run --shm-size")
@@ -695,7 +704,7 @@ def describe(name):
         dataset = load_dataset(name, split)
         unreadable = find_unreadable(dataset)
         print(f"{split}: {len(dataset)} images in {dataset.root or name}\n"
-              f"  {len(dataset.classes)} classes ({', '.join(dataset.classes[:5])}, ...)\n"
+              f"  {len(dataset.classes)} classes: {', '.join(dataset.classes[:5]) or 'none'}\n"
               f"  without a label: {(dataset.labels < 0).sum()}\n"
               f"  left out, since no image: {count_words(dataset.left_out) or 'nothing'}\n"
               f"  files that cannot be read: {len(unreadable)}")

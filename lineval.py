@@ -9,11 +9,11 @@
 A network is frozen, its features are computed once, and simple readers are asked what is in them:
 
     x = backbone(image),  z = x / |x|
-    z' : z of an augmented view of the same image, z_j : z of another image
+    z', z'' : z of two augmented views of the same image, z_j : z of another image
     linear probe      argmax_c  w_c . x + b_c          w, b fitted on the training images
     kNN               each near training image votes for its class by exp(z . z_near / 0.07)
     own view found    z . z'  >  z . z_j               for every other image j
-    alignment         mean |z - z'|^2
+    alignment         mean |z' - z''|^2
     uniformity        log mean exp(-2 |z_i - z_j|^2)   over all pairs
     over-clustering   mean |z_i - z_j|^2 within classes / the same between classes
     effective rank    exp(entropy of the singular values of z - mean z, as shares)
@@ -45,7 +45,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from data import CenterView, TwoViews, UserError, say
+from data import CenterView, LocalError, TwoViews, UserError, say
 from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
@@ -502,8 +502,8 @@ def write_features(file, splits, train_x, val_x):
     paths = [dataset.path(row) for dataset, rows in parts for row in rows.tolist()]
     labels = [dataset.labels[rows] for dataset, rows in parts]
     is_val = np.arange(len(paths)) >= len(train_x)
-    with data.writing(file):
-        np.savez(file, features=torch.cat([train_x, val_x]).numpy(), labels=torch.cat(labels),
+    with data.writing(file), open(file, "wb") as stream:
+        np.savez(stream, features=torch.cat([train_x, val_x]).numpy(), labels=torch.cat(labels),
                  paths=paths, is_val=is_val)
     say(f"written: {file}, features of {len(paths)} images")
 
@@ -575,8 +575,8 @@ def own_device():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= gpus:
-        raise UserError(f"more processes than this machine's {gpus} GPUs: pass "
-                        f"--nproc_per_node={gpus} to torchrun")
+        raise LocalError(f"more processes than this machine's {gpus} GPUs: pass "
+                         f"--nproc_per_node={gpus} to torchrun")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -648,17 +648,19 @@ def plot(path, panels, width, height, dots=False):
         if not dots:                           # the range of y
             pen.text((left + 4, top + 2), f"{high[1]:.3g}", GRAY)
             pen.text((left + 4, bottom - 18), f"{low[1]:.3g}", GRAY)
+        scale, zero = torch.tensor([right - left, top - bottom]), torch.tensor([left, bottom])
+        names = []
         for points, color, name in groups:
             share = 0.05 + 0.9 * (points - low) / (high - low).clamp(min=1e-12)
-            scale = torch.tensor([right - left, top - bottom])
-            places = torch.tensor([left, bottom]) + scale * share
-            spots = [tuple(place) for place in places.tolist()]
+            places = zero + scale * share
+            marks = places if dots else places[-1:]
             if not dots:
-                pen.line(spots, color, 2)
-            for x, y in spots if dots else spots[-1:]:
+                pen.line([tuple(place) for place in places.tolist()], color, 2)
+            for x, y in marks.tolist():
                 pen.ellipse((x - 2, y - 2, x + 2, y + 2), color)
-            where = tuple(places.mean(0).tolist()) if dots else spots[-1]
-            pen.text(where, name, "black", anchor="mm" if dots else "rb", stroke_width=2,
+            names.append((name, tuple(marks.mean(0).tolist())))
+        for name, place in names:              # over all else
+            pen.text(place, name, "black", anchor="mm" if dots else "rb", stroke_width=2,
                      stroke_fill="white")
     with data.writing(path):
         image.save(path)
@@ -675,7 +677,8 @@ def draw_curve(log_csv, png):
             if points:
                 lines[column] = points, color, ""
         if name in lines:
-            (first, start), *_, (last, end) = 2 * lines[name][0]         # also of a single point
+            points = lines[name][0]
+            (first, start), (last, end) = points[0], points[-1]
             title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
             panels[title + (" (gray: chance)" if chance else "")] = lines.values()
     plot(png, panels, 600, 170)
@@ -725,7 +728,8 @@ def draw_rows(path, title, queries, query_rows, others, other_rows):
             theirs = others.labels[other]
             frame = BLUE if theirs == label else ORANGE
             paste(others, other, frame if min(theirs, label) >= 0 else GRAY, 168 + 72 * j, y)
-    image.save(path)
+    with data.writing(path):
+        image.save(path)
 
 
 @torch.no_grad()
@@ -802,14 +806,14 @@ def evaluate(args, run):
         features[network] = val_x
         if network == "pretrained":
             _, near = neighbors(unit(val_x[picks[:10]]), unit(train_x), 8, device=device)
-            if args.features:
-                write_features(args.features, splits, train_x, val_x)
+            kept = train_x if args.features else None
         del train_x                            # before the next network's
     log = read_log(run / "log.csv") if run and (run / "log.csv").exists() else []
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
     return SimpleNamespace(run=run, title=title, twin=f"random {arch}, {Path(name).name}",
                            settings=settings, networks=list(nets), report=report, splits=splits,
-                           features=features, picks=picks, near=splits.train_rows[near])
+                           features=features, train_x=kept, picks=picks,
+                           near=splits.train_rows[near])
 
 
 def write_result(args, result):
@@ -832,7 +836,7 @@ def write_result(args, result):
         draw_few_labels(folder / f"few_labels{end}.png",
                         {network: report[network] for network in result.networks})
     # The queue's keys are of the images of pretraining.
-    same_data = report["data"] == result.settings["data"] and result.run
+    same_data = splits.train.fingerprint == result.settings["dataset"]
     if same_data and (result.run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(result.run / "last.pt"),
                             splits.train, args.seed)
@@ -883,6 +887,8 @@ def newest_run():
 
 def main(argv=None):
     args = read_flags(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
     results = [evaluate(args, run) for run in runs]
@@ -897,6 +903,9 @@ def main(argv=None):
     print_table(columns, TABLE if labelled and not args.all else MEASURES)
     for result in results:
         say(f"{result.title}: {result.report['verdict']}")
+        if args.features:
+            write_features(args.features, result.splits, result.train_x,
+                           result.features["pretrained"])
         if result.run or args.out:
             write_result(args, result)
 

@@ -24,7 +24,7 @@ Since log p_j = logit_j - logsumexp(logits) and the target sums to 1, this is
 import torch
 
 WEIGHTINGS = ("uniform", "tiered", "geometric")
-# Tiers are groups of ranks with one share in common. So many neighbours: the sizes of their tiers.
+# Number of neighbours: the sizes of its three tiers. All keys of a tier get the same share.
 TIERS = {5: (1, 2, 2), 10: (1, 3, 6), 20: (2, 6, 12), 30: (3, 9, 18)}
 ROUNDING = 1e-6       # cosines that differ by less count as equal
 
@@ -74,17 +74,17 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
         negatives = q @ queue.T                                              # (N, K)
         logits = torch.cat([positive, negatives], 1) / temperature           # (N, 1 + K)
         # At least one, for info["nearest"].
-        nearest, rows = logits[:, 1:].topk(max(1, neighbors))                # (N, n), best first
+        near_logits, rows = logits[:, 1:].topk(max(1, neighbors))            # (N, n), best first
         if neighbors > 0:
             weights = neighbor_weights(neighbors, weighting)                 # (n,)
             weights = weights.to(q, non_blocking=True)       # or the host would wait for the GPU
-            soft = nearest @ weights
+            soft = near_logits @ weights
         else:
             soft = logits[:, 1:].mean(1)
         loss = logits.logsumexp(1) - (1 - smoothing) * logits[:, 0] - smoothing * soft
 
     positive = positive.detach()[:, 0]
-    nearest = nearest.detach()[:, 0] * temperature
+    nearest = near_logits.detach()[:, 0] * temperature       # the best, as a cosine again
     # Strictly above: a network that has collapsed, to which all images are equal, scores 0.
     right = positive > nearest + ROUNDING
     info = {

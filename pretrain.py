@@ -22,6 +22,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 import time
 import warnings
 from datetime import timedelta
@@ -87,12 +88,13 @@ def scale_to(images, args):
     assets/RESULTS.md.
 
     The key encoder remembers 1 / (1 - momentum) steps: too many for a short run, whose network
-    has moved on by then. So its memory is the square root of the run's steps. (MoCo's 0.999 is that
-    for a million.) The queue's keys are at most a tenth of this memory old, so that they agree. A
-    run of 10,000 steps remembers 100, momentum 0.99, and its queue holds the keys of 10 steps.
+    has moved on by then. A rule of thumb: it remembers the square root of the run's steps. (MoCo's
+    0.999 is that for a million.) The queue's keys are at most a tenth of this memory old, so that
+    they agree. A run of 10,000 steps remembers 100, momentum 0.99, and its queue holds the keys of
+    10 steps.
 
-    Small batches, for there are few steps otherwise; and few slices of batch norm, since one of
-    eight images knows its mean badly. No smoothing: in short runs it has helped nothing.
+    Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
+    of a small slice is a poor estimate. No smoothing: in short runs it has helped nothing.
     """
     if args.data == "shapes":
         scale = dict(batch_size=64, epochs=4, warmup_epochs=0.5, lr=0.06, temperature=0.2,
@@ -111,10 +113,10 @@ def scale_to(images, args):
     memory = min(1000, max(2, math.sqrt(steps)))
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
-    age = min(max(1, memory / 10), per_epoch / 2)        # never a whole epoch's keys
+    age = min(max(1, memory / 10), per_epoch / 2)        # no query shall meet its own last key
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
-    while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in the papers
+    while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in [Light]
         bn_splits *= 2
     return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=queue_size,
                         bn_splits=bn_splits, smoothing=0.0)
@@ -158,7 +160,8 @@ def encode_keys(key_encoder, view, order):
     come from earlier batches, with other means. So if a query and its key were normalised beside
     the same images, the positive alone would carry the query's mean: it would be found by that
     instead of by its content. Therefore the key batch is cut into slices in another order than
-    the queries: that of `order`, a permutation (N,) of the global batch.
+    the queries: that of `order`, a permutation (N,) of the global batch. The cutting itself is done
+    by models.BatchNorm2d. With one process, gather and own_part return what they are given.
     """
     # As (n, S, S, 3) a channels_last view is contiguous, which gather needs.
     views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -207,8 +210,8 @@ def pretrain(args, stop):
     # -- the two encoders, the queue, the optimizer
     torch.manual_seed(args.seed)
     slice_size = args.batch_size // args.bn_splits       # batch norm sees so many images at once
-    encoder = Encoder(args.arch, args.dim, args.hidden_dim, args.image_size <= data.SMALL,
-                      slice_size)
+    encoder = Encoder(args.arch, args.dim, args.hidden_dim,
+                      small_images=args.image_size <= data.SMALL, slice_size=slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     run = Path(args.out or default_run(args, typed, dataset))
     if args.init and (args.restart or not (run / "last.pt").exists()):     # else it has its own
@@ -234,9 +237,9 @@ def pretrain(args, stop):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    epochs, ready = args.epochs, 0             # ready: so many batches before the clock starts
-    if args.dry_run:
-        epochs, ready = 2 ** 20, 2 * args.workers + 3        # may need more than a run has
+    epochs, ready = args.epochs, 0
+    if args.dry_run:                           # it may need more batches than a run has
+        epochs, ready = 2 ** 20, 2 * args.workers + 3        # ready: before the clock starts
     steps = data.schedule(len(dataset), args.batch_size, epochs, args.seed, rank=rank, world=world,
                           first_step=first_step)
     if args.dry_run:
@@ -277,7 +280,7 @@ def pretrain(args, stop):
         scaler.update()
         ema_update(encoder, key_encoder, args.key_momentum)          # key = m key + (1 - m) query
         near_images = queue.index[info["neighbors"]]                 # before the keys move on
-        images = data.gather(index).repeat(len(keys))
+        images = data.gather(index).repeat(len(keys))                # once for each direction
         queue.enqueue(torch.cat(keys), images)
 
         done = step + 1
@@ -425,14 +428,15 @@ class Log:
         overdue = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         numbers = mean_over_processes(
             self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
-            nearest=info["nearest"].mean(), same_class=(theirs == own)[known].double().mean(),
-            stop=bool(self.stop.asked), save=overdue)
+            nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
+            known=known.sum(), stop=bool(self.stop.asked), save=overdue)
         if not math.isfinite(numbers["loss"]):
             raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
                             f"if any, is kept; try a lower --lr, a longer --warmup-epochs, or "
                             f"--amp off")
         numbers["spread"] = spread_of(torch.cat(keys))
-        if math.isfinite(numbers["same_class"]):             # labels are known
+        if numbers["known"]:
+            numbers["same_class"] = numbers["same"] / numbers["known"]
             numbers["same_class_chance"] = self.args.same_class_chance
         numbers |= self.evaluate(done)
         if data.is_first():
@@ -460,8 +464,7 @@ class Log:
     def write(self, done, numbers):
         args, batches = self.args, self.batches
         step, seconds = done - 1, batches.seconds()
-        row = {name: value for name, value in numbers.items()
-               if name in COLUMNS and math.isfinite(value)}
+        row = {name: value for name, value in numbers.items() if name in COLUMNS}
         row |= dict(
             epoch=step // self.per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
             smoothing=smoothing_at(step, self.per_epoch, args),
@@ -514,8 +517,10 @@ def peak_memory(device):
     """In GiB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    import resource                            # Linux alone counts in KiB; Windows has none
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    if not sys.platform.startswith("linux"):   # others count otherwise, or not at all
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20      # of KiB
 
 
 # ------------------------------------------------- the run's folder
@@ -551,7 +556,7 @@ def open_run(run, args):
         dist.barrier()                         # all have looked before the first one changes it
     if data.is_first() and not checkpoint:
         write(run / "args.json", json.dumps(vars(args), indent=1).encode())
-        for name in ("last.pt", "log.csv"):
+        for name in ("last.pt", "log.csv", "backbone.pt", "curve.png"):
             (run / name).unlink(missing_ok=True)
     return checkpoint
 
@@ -675,7 +680,7 @@ def read_args(argv=None):
         elif name == "smoothing_schedule":
             add(flag, choices=("constant", "cosine"), help=columns)
         elif name == "hidden_dim":
-            add(flag, type=parse_width, help=columns)
+            add(flag, type=width, help=columns)
         else:
             add(flag, type=type(value), help=columns)
     return parser.parse_args(argv)
@@ -703,20 +708,21 @@ def resolve(args, dataset):
     known = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
-    args.dataset = f"{len(dataset)} images, {dataset.fingerprint}"
+    args.dataset = dataset.fingerprint
 
 
-def hidden_width(width, arch):
+def hidden_width(text, arch):
     """"2x" -> twice the feature's width; "2048" -> 2048."""
-    if not width.endswith("x"):
-        return int(width)
+    if not text.endswith("x"):
+        return int(text)
     with torch.device("meta"):
-        return round(float(width[:-1]) * ARCHS[arch]().feature_dim)
+        return round(float(text[:-1]) * ARCHS[arch]().feature_dim)
 
 
-def parse_width(text):
-    """For argparse: what hidden_width can read, as it is, or ValueError."""
-    float(text.removesuffix("x"))
+def width(text):
+    """For argparse: what hidden_width reads, as it is, or ValueError."""
+    number = float if text.endswith("x") else int
+    number(text.removesuffix("x"))
     return text
 
 
@@ -854,7 +860,6 @@ def main(argv=None):
         keep_freed_memory()
     stop = SimpleNamespace(asked=0) if args.dry_run else StopSignals()
     code = pretrain(args, stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -22,6 +22,16 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """pretrain.main catches signals; a test that calls it here must not leave that behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes each; started with `pytest -m slow`")
 

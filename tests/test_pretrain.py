@@ -210,7 +210,6 @@ def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypa
     def end(code):
         raise SystemExit(code)
     monkeypatch.setattr(os, "_exit", end)
-    before = [signal.getsignal(number) for number in SIGNALS]
     for number in SIGNALS:
         stop = pretrain.StopSignals()
         os.kill(os.getpid(), number)
@@ -218,8 +217,6 @@ def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypa
         with pytest.raises(SystemExit) as stopped:
             os.kill(os.getpid(), number)
         assert stopped.value.code == 128 + number
-    for number, handler in zip(SIGNALS, before):
-        signal.signal(number, handler)
 
 
 def test_restart_forgets_the_old_checkpoint_and_log(run, images, tmp_path):

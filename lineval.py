@@ -9,11 +9,11 @@
 A network is frozen, its features are computed once, and simple readers are asked what is in them:
 
     x = backbone(image),  z = x / |x|
-    z', z'' : z of two augmented views of the same image, z_j : z of another image
+    z' : z of an augmented view of the same image, z_j : z of another image
     linear probe      argmax_c  w_c . x + b_c          w, b fitted on the training images
     kNN               each near training image votes for its class by exp(z . z_near / 0.07)
     own view found    z . z'  >  z . z_j               for every other image j
-    alignment         mean |z' - z''|^2
+    alignment         mean |z - z'|^2
     uniformity        log mean exp(-2 |z_i - z_j|^2)   over all pairs
     over-clustering   mean |z_i - z_j|^2 within classes / the same between classes
     effective rank    exp(entropy of the singular values of z - mean z, as shares)
@@ -339,19 +339,19 @@ def uniformity(x):
 
 
 @torch.no_grad()
-def representation_space(original, view1, view2, labels):
-    """Features of images and of two augmented views of each, (N, F), labels (N,), -1 for none
+def representation_space(original, view, labels):
+    """Features of images and of an augmented view of each, (N, F), labels (N,), -1 for none
     -> dict of floats, without those that are undefined (no labels, a complete collapse).
 
     All on unit rows and all pairs. [Small] has own view found, alignment, uniformity and
     intra-class; the others are ours, effective rank after Roy and Vetterli 2007.
     """
-    original, view1, view2 = unit(original), unit(view1), unit(view2)
-    own_view, others_farther = find_own(original, view1)
+    original, view = unit(original), unit(view)
+    own_view, others_farther = find_own(original, view)
     out = dict(
         own_view=own_view,
         others_farther_from_view=others_farther,
-        alignment=(view1 - view2).square().sum(1).mean().item(),
+        alignment=(original - view).square().sum(1).mean().item(),
         uniformity=uniformity(original),
         spread=original.double().var(0, correction=0).sum().sqrt().item(),
         view_images=len(original))
@@ -432,7 +432,7 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
     "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
     "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
                                  "than the own view; 50: chance"),
-    "alignment": ("alignment", "lower: two views of an image lie together; 0 if collapsed"),
+    "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
     "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
     "spread": ("spread", "1: no common direction; 0: all images alike, collapsed"),
     "intra_class": ("intra-class distance", "lower among networks of one recipe; across recipes "
@@ -457,10 +457,10 @@ def measure(net, splits, args, size, title):
                                  **options, what=f"features of {title}, training images")
     [val_x] = extract_features(net, CenterView(splits.val, size), splits.val_rows.tolist(),
                                **options, what=f"features of {title}, validation images")
-    view1, view2 = extract_features(net, TwoViews(splits.val, size, args.seed), items, **options,
-                                    what=f"views, {title}")
+    view, _ = extract_features(net, TwoViews(splits.val, size, args.seed), items, **options,
+                               what=f"views, {title}")
     report = dict(val_images=len(val_x))
-    report |= representation_space(val_x[chosen], view1, view2, val_y[chosen])
+    report |= representation_space(val_x[chosen], view, val_y[chosen])
     if splits.names:
         knowledge = train_x, train_y, val_x, val_y
         device = options["device"]

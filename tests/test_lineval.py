@@ -179,9 +179,9 @@ def test_some_labels_are_of_every_class_and_nested():
 
 def test_representation_space_is_its_formulas():
     x0, labels = cloud(50, seed=5)
-    x1, x2 = x0 + 0.3 * cloud(50, seed=6)[0], x0 + 0.3 * cloud(50, seed=7)[0]
-    found = lineval.representation_space(x0, x1, x2, labels)
-    a, b, c = (F.normalize(x.double(), dim=1) for x in (x0, x1, x2))
+    x1 = x0 + 0.3 * cloud(50, seed=6)[0]
+    found = lineval.representation_space(x0, x1, labels)
+    a, b = (F.normalize(x.double(), dim=1) for x in (x0, x1))
 
     def d2(u, v):
         return float((u - v).square().sum())
@@ -200,7 +200,7 @@ def test_representation_space_is_its_formulas():
     expected = dict(
         own_view=sum(all(a[i] @ b[i] > a[i] @ a[j] for j in n if j != i) for i in n) / 50,
         others_farther_from_view=float(farther) / (50 * 49),
-        alignment=sum(d2(b[i], c[i]) for i in n) / 50,
+        alignment=sum(d2(a[i], b[i]) for i in n) / 50,
         uniformity=math.log(potential),
         intra_class=sum(within) / 3,
         inter_class=sum(d2(a[i], a[j]) for i, j in across) / len(across),
@@ -217,11 +217,11 @@ def test_what_is_undefined_is_left_out():
     x = cloud(20)[0]
     of_classes = {"intra_class", "inter_class", "over_clustering"}
     for labels in (torch.arange(20), torch.full((20,), -1)):             # no class has two images
-        assert not of_classes & lineval.representation_space(x, x, x, labels).keys()
+        assert not of_classes & lineval.representation_space(x, x, labels).keys()
     # One row again and again, of all lengths: a network that has collapsed.
     for row in (torch.zeros(1, 300), cloud(1, dim=300)[0]):
         x = row * torch.linspace(1, 3, 20)[:, None]
-        same = lineval.representation_space(x, x, x, torch.arange(20) % 2)
+        same = lineval.representation_space(x, x, torch.arange(20) % 2)
         assert 0 <= same["intra_class"] < 1e-12 and same["own_view"] == 0
         assert not {"over_clustering", "effective_rank"} & same.keys()
         lineval.print_table({"collapsed": same | {"val_images": 20}}, lineval.MEASURES)

@@ -172,8 +172,10 @@ def fit_softmax(x, y, classes, decay, steps=200):
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20,
                                   tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    progress = data.Progress(f"linear probe, weight decay {decay:g}: steps", steps)
 
     def closure():
+        progress.show(optimizer.state[weight].get("n_iter", 0))
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
         loss.backward()
@@ -205,9 +207,8 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     classes = int(max(train_y.max(), val_y.max())) + 1
 
     judge = max(1, len(x) // 10)
-    held_out, progress = {}, data.Progress("fits of the linear probe", len(decays) + 1)
+    held_out = {}
     for decay in decays:
-        progress.show(len(held_out))
         weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay)
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)

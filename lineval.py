@@ -547,25 +547,31 @@ def read_log(path):
 
 def print_table(columns, names):
     """columns {title: report}, side by side; a share with its standard error."""
-    width = max(14, *map(len, columns)) + 2
-    say(f"\n{'':25s}" + "".join(title.rjust(width) for title in columns))
+    def print_row(first, cells, last):
+        padded = [cell.rjust(max(14, len(title)) + 2) for title, cell in zip(columns, cells)]
+        say(f"{first:25s}{''.join(padded)}   {last}")
+
+    say()
+    print_row("", columns, "")
     for name in names:
         title, reading = MEASURES[name]
         cells = []
         for report in columns.values():
-            value = report.get(name, math.nan)
-            cell = f"{value:.3f}"
-            if title.endswith("%"):
+            value = report.get(name)
+            if value is None:
+                cells.append("-")
+            elif title.endswith("%"):
                 n = report["view_images" if "view" in name else "val_images"]
-                cell = f"{100 * value:.1f} ± {100 * standard_error(value, n):.1f}"
-            cells.append(cell.rjust(width) if name in report else "-".rjust(width))
+                cells.append(f"{100 * value:.1f} ± {100 * standard_error(value, n):.1f}")
+            else:
+                cells.append(f"{value:.3f}")
         if any(name in report for report in columns.values()):
-            say(f"{title:25s}{''.join(cells)}   {reading}")
+            print_row(title, cells, reading)
     for kind, title in (("linear", "linear probe %"), ("finetuned", "fine-tuned %")):
         for rows in zip(*(report.get("few_labels", []) for report in columns.values())):
             if kind in rows[0]:
-                cells = [f"{100 * row[kind]:.1f}".rjust(width) for row in rows]
-                say(f"{title} of {rows[0]['labels']:6d}  {''.join(cells)}   labels")
+                cells = [f"{100 * row[kind]:.1f}" for row in rows]
+                print_row(f"{title} of {rows[0]['labels']:6d}", cells, "labels")
 
 
 # ------------------------------------------------- devices and weights
@@ -811,10 +817,9 @@ def evaluate(args, run):
         del train_x                            # before the next network's
     log = read_log(run / "log.csv") if run and (run / "log.csv").exists() else []
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
-    return SimpleNamespace(run=run, title=title, twin=f"random {arch}, {Path(name).name}",
-                           settings=settings, networks=list(nets), report=report, splits=splits,
-                           features=features, train_x=kept, picks=picks,
-                           near=splits.train_rows[near])
+    return SimpleNamespace(run=run, title=title, settings=settings, networks=list(nets),
+                           report=report, splits=splits, features=features, train_x=kept,
+                           picks=picks, near=splits.train_rows[near])
 
 
 def write_result(args, result):
@@ -894,10 +899,11 @@ def main(argv=None):
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
     results = [evaluate(args, run) for run in runs]
     columns = {}
-    for result in results:
+    for number, result in enumerate(results, 1):
         names = {"random": "random weights"}
         if len(results) > 1:
-            names = {"random": result.twin, "pretrained": result.title}
+            names = {name: f"{name} {number}" for name in result.networks}
+            say(f"{number}: {result.title}")
         for network in result.networks:
             columns.setdefault(names.get(network, network), result.report[network])
     labelled = any("knn" in column for column in columns.values())

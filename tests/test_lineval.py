@@ -346,7 +346,7 @@ def test_several_runs_other_data_and_the_key_encoder(run, tmp_path, capsys):
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     lineval.main([str(run), str(run), "--encoder", "key", "--all", "--data", str(other), *FLAGS])
     output = capsys.readouterr().out
-    for words in ("2 classes", "key encoder", "random mobilenetv3_small, other", "best-NN"):
+    for words in ("2 classes", "key encoder", "random 1", "pretrained 2", "best-NN"):
         assert words in output
     assert before.items() <= {file.name: file.read_bytes() for file in run.iterdir()}.items()
     assert json.loads((run / "lineval-other-key.json").read_text())["data"] == str(other)
@@ -459,7 +459,7 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
 def test_the_table_is_printed_whatever_happens_after(tmp_path, capsys, monkeypatch):
     whole = report(verdict="done")
     monkeypatch.setattr(lineval, "evaluate", lambda args, run: lineval.SimpleNamespace(
-        run=run, title="a run", twin="", networks=["random"], report={"random": whole, "data": "x", "verdict": "done"},
+        run=run, title="a run", networks=["random"], report={"random": whole, "data": "x", "verdict": "done"},
         settings={"data": "x"}, splits=None, picks=None))
     (tmp_path / "file").write_text("")
     with pytest.raises(data.UserError, match="cannot write .*file'"):

@@ -172,7 +172,7 @@ def fit_softmax(x, y, classes, decay, steps=200):
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20,
                                   tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-    progress = data.Progress(f"linear probe, weight decay {decay:g}: steps", steps)
+    progress = data.Progress(f"linear probe, weight decay {decay:g}, steps", steps)
 
     def closure():
         progress.show(optimizer.state[weight].get("n_iter", 0))

@@ -96,6 +96,7 @@ class TwoViews:
     3/4 to 4/3, and is resized to S x S. jitter: strengths of brightness, contrast, saturation and
     hue, applied with probability `jitter_p`. blur: a Gaussian of sigma 0.1 to 2 pixels of the crop.
     """
+
     def __init__(self, dataset, image_size, seed=0, *, min_scale=0.2, jitter=(0.4, 0.4, 0.4, 0.1),
                  jitter_p=0.8, gray_p=0.2, blur_p=0.5):
         self.dataset, self.size, self.seed = dataset, image_size, seed
@@ -260,6 +261,7 @@ class CenterView:
     The short side is resized to 256/224 of S, then the central S x S is cut; S <= 64: a plain
     resize.
     """
+
     def __init__(self, dataset, image_size):
         self.dataset, self.size = dataset, image_size
 
@@ -369,10 +371,10 @@ def find_splits(path):
         raise UserError(f"--data {path!r} is no folder: pass a folder of images or one of "
                         f"{', '.join(NAMES)}")
     root = os.path.realpath(path)
-    folders = [name for name in sorted(os.listdir(root)) if os.path.isdir(os.path.join(root, name))]
+    _, folders, _ = next(os.walk(root, onerror=cannot_list))
 
     def named(*names):                         # also Train, train2017
-        return [os.path.join(root, folder) for folder in folders
+        return [os.path.join(root, folder) for folder in sorted(folders)
                 if folder.lower().rstrip("0123456789") in names]
 
     train = named("train", "training")
@@ -421,13 +423,10 @@ def find_images(folder):
     and folders, runs of pretrain.py, links back to a folder they lie in. Raises UserError for a
     folder that cannot be listed.
     """
-    def refuse(error):
-        raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
-
     Image.init()
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
     paths, left_out = [], Counter()
-    for where, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for where, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
         leads_back = os.path.realpath(where) in map(os.path.realpath, Path(where).parents)
         if leads_back or "args.json" in files:
             folders.clear()
@@ -442,6 +441,10 @@ def find_images(folder):
             else:
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out
+
+
+def cannot_list(error):
+    raise UserError(f"cannot list {error.filename!r}: {error.strerror}")
 
 
 def count_words(counts):
@@ -630,18 +633,22 @@ def is_first():
     return os.environ.get("RANK", "0") == "0"
 
 
+def count_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def own_part(x):
     """The rows of x (N, ...) that are this process's, (n, ...): all of them if it is alone."""
     if not dist.is_initialized():
         return x
-    return x.chunk(dist.get_world_size())[dist.get_rank()]
+    return x.chunk(count_processes())[dist.get_rank()]
 
 
 def gather(x):
     """Concatenate x (n, ...) of all processes, in order of rank -> (N, ...)."""
     if not dist.is_initialized():
         return x
-    whole = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+    whole = x.new_empty(count_processes() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 

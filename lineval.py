@@ -33,6 +33,7 @@ import csv
 import json
 import math
 import os
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +73,7 @@ def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=2
     the work, and all get the result. The caller sets eval mode.
     """
     # Processes need equal parts, so some items come twice.
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = data.count_processes()
     each = math.ceil(len(items) / processes)
     padded = (items * processes)[:each * processes]
     mine = data.own_part(torch.tensor(padded)).tolist()
@@ -918,6 +919,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
     try:
         main()
     except UserError as user_error:

@@ -165,8 +165,8 @@ def encode_keys(key_encoder, view, order):
     """
     # As (n, S, S, 3) a channels_last view is contiguous, which gather needs.
     views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    shuffled = data.own_part(order)                                       # (n,) rows to encode here
-    keys = data.gather(key_encoder(views[shuffled]))                      # (N, D), permuted
+    shuffled = data.own_part(order)                                  # (n,) rows to encode here
+    keys = data.gather(key_encoder(views[shuffled]))                 # (N, D), permuted
     return keys[order.argsort()]                                     # argsort undoes a permutation
 
 
@@ -269,7 +269,7 @@ def pretrain(args, stop):
         with autocast:
             q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
             keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
-        k = torch.cat([data.own_part(part) for part in keys])             # the positives of q
+        k = torch.cat([data.own_part(part) for part in keys])        # the positives of q
         smoothing = smoothing_at(step, per_epoch, args)
         loss, info = soft_info_nce(q, k, queue.keys, smoothing=smoothing, **loss_options)
 
@@ -866,6 +866,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")                # file names may be anything
     try:
         raise SystemExit(main())
     except UserError as user_error:

@@ -116,7 +116,8 @@ def views(folder, n=120):
 
 def loader(n=512):
     n = int(n)
-    dataset = data.draw_shapes(n, 0, 32)
+    dataset = data.draw_shapes(n, seed=0)
+    dataset.pictures = TF.resize(dataset.pictures, [32, 32], antialias=True)
     transform = usual(32, blur=False)
     arrays = dataset.pictures.permute(0, 2, 3, 1).numpy()
     ours = two_views_of(dataset, 32, 0.0, n)

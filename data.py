@@ -11,6 +11,7 @@ gets the same two views in an epoch whatever the number of workers, processes or
 generator's state is ever saved.
 """
 import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -256,7 +257,7 @@ def gaussian_blur(x, sigma):
 # ------------------------------------------------- the view for evaluation
 
 class CenterView:
-    """Item index -> crops (1, 3, S, S) uint8, params (1, 8) that change nothing, index.
+    """Item (epoch, index) -> crops (1, 3, S, S) uint8, params (1, 8) that change nothing, index.
 
     The short side is resized to 256/224 of S, then the central S x S is cut; S <= 64: a plain
     resize.
@@ -265,7 +266,8 @@ class CenterView:
     def __init__(self, dataset, image_size):
         self.dataset, self.size = dataset, image_size
 
-    def __getitem__(self, index):
+    def __getitem__(self, item):
+        _, index = item                        # every epoch has the same
         image, _ = self.dataset[index]
         size = self.size
         if size <= SMALL:
@@ -273,7 +275,7 @@ class CenterView:
         else:
             image = TF.resize(image, [round(size * 256 / 224)], antialias=True)
             image = TF.center_crop(image, [size, size])
-        return image[None], UNCHANGED, int(index)
+        return image[None], UNCHANGED, index
 
 
 # ------------------------------------------------- datasets
@@ -292,14 +294,8 @@ class Images:
     def __init__(self, name, pictures, labels, classes, root="", left_out=()):
         self.name, self.labels, self.classes, self.root = name, labels, classes, root
         self.left_out = dict(left_out)
-        if torch.is_tensor(pictures):
-            self.pictures, content = pictures, pictures.numpy()
-        else:
-            # One array: a million strings would be copied by every loader worker.
-            self.pictures = np.array(pictures)
-            content = os.fsencode("\n".join(pictures))
-        hashed = hashlib.blake2b(content, digest_size=8).hexdigest()
-        self.fingerprint = f"{len(self)} images, {hashed}"
+        # One array: a million strings would be copied by every loader worker.
+        self.pictures = pictures if torch.is_tensor(pictures) else np.array(pictures)
 
     def __len__(self):
         return len(self.pictures)
@@ -316,15 +312,33 @@ class Images:
             return ""
         return os.path.join(self.root, self.pictures[index])
 
-    def without(self, indices):
-        """The same dataset less some images (of a folder)."""
-        if not indices:
-            return self
-        keep = np.setdiff1d(np.arange(len(self)), indices)
-        if len(keep) == 0:
+    def select(self, rows):
+        """The dataset of some rows (N,) of this one."""
+        part = copy.copy(self)
+        part.pictures, part.labels = self.pictures[rows.numpy()], self.labels[rows]
+        return part
+
+    def labelled(self):
+        """The dataset of those with a label; itself if all have one."""
+        known = self.labels >= 0
+        return self if known.all() else self.select(known.nonzero().flatten())
+
+    def without(self, rows):
+        """The dataset less a list of rows, which cannot be read."""
+        keep = torch.ones(len(self), dtype=torch.bool)
+        keep[rows] = False
+        if not keep.any():
             raise UserError(f"none of the {len(self)} images in {self.root!r} can be read")
-        return Images(self.name, self.pictures[keep].tolist(), self.labels[keep], self.classes,
-                      self.root, self.left_out)
+        return self.select(keep.nonzero().flatten())
+
+    def fingerprint(self):
+        """To tell this dataset from others: by its pixels or the names of its files."""
+        if torch.is_tensor(self.pictures):
+            content = self.pictures.numpy()
+        else:
+            content = os.fsencode("\n".join(self.pictures))
+        hashed = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return f"{len(self)} images, {hashed}"
 
 
 def load_dataset(name_or_path, split, classes=True):
@@ -423,7 +437,6 @@ def find_images(folder):
     and folders, runs of pretrain.py, links back to a folder they lie in. Raises UserError for a
     folder that cannot be listed.
     """
-    Image.init()
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
     paths, left_out = [], Counter()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
@@ -594,7 +607,7 @@ def draw_view_pairs(two_views, path, count=8):
     picks = permutation(len(two_views.dataset), SAMPLE, two_views.seed)[:count].tolist()
     crops, params, _ = collate([two_views[0, index] for index in picks])
     center_view = CenterView(two_views.dataset, two_views.size)
-    originals, unchanged, _ = collate([center_view[index] for index in picks])
+    originals, unchanged, _ = collate([center_view[0, index] for index in picks])
     crops, params = torch.cat([originals, crops]), torch.cat([unchanged, params])
     rows = [augment(view, view_params) for view, view_params in zip(crops, params)]
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -626,6 +639,18 @@ def outlive_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def own_device():
+    """The GPU of this process, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise LocalError(f"more processes than this machine's {gpus} GPUs: pass "
+                         f"--nproc_per_node={gpus} to torchrun")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def is_first():
@@ -697,16 +722,23 @@ def refuse(message):
     raise UserError(message)
 
 
-def exit_with(error):
-    """Print one line for a UserError and exit with code 2; of several processes one prints."""
-    traceback.clear_frames(error.__traceback__)     # or a loader's workers would hold up the exit
-    if is_first() or isinstance(error, LocalError):
-        print("error: " + last_line(error), file=sys.stderr, flush=True)
-    sys.exit(2)
+def run_main(main):
+    """Exit with what `main` returns; for a UserError with one line, of one process, and code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
+    try:
+        sys.exit(main())
+    except UserError as error:
+        traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
+        if is_first() or isinstance(error, LocalError):
+            print("error: " + last_line(error), file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def describe(name):
+def describe():
     """Print what load_dataset finds, decode every file, and draw view pairs of the train split."""
+    if len(sys.argv) != 2:
+        raise UserError(f"usage: python data.py PATH, or one of {', '.join(NAMES)}")
+    name = sys.argv[1]
     for split in ("train", "val") if has_val(name) else ("train",):
         dataset = load_dataset(name, split)
         unreadable = find_unreadable(dataset)
@@ -725,10 +757,4 @@ def describe(name):
 
 
 if __name__ == "__main__":
-    try:
-        if len(sys.argv) != 2:
-            raise UserError(f"usage: python data.py PATH, or one of {', '.join(NAMES)}")
-        sys.stdout.reconfigure(errors="backslashreplace")     # for names that it cannot show
-        describe(sys.argv[1])
-    except UserError as user_error:
-        exit_with(user_error)
+    run_main(describe)

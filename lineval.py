@@ -33,55 +33,46 @@ import csv
 import json
 import math
 import os
-import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 
 import data
-from data import CenterView, LocalError, TwoViews, UserError, say
+from data import CenterView, TwoViews, UserError, say
 from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def sample(rows, most, *key):
-    """At most `most` of `rows`, keyed."""
-    return rows[data.permutation(len(rows), data.SAMPLE, *key)[:most]]
-
-
-def view_batches(views, batches, batch_size, device="cpu", workers=0):
-    """For each list of items in `batches`, of at most `batch_size`, yield their views, normalised,
-    V of (B, 3, S, S), and their rows (B,). views: data.CenterView, V = 1, or data.TwoViews, 2."""
-    for crops, params, rows in data.iterate(views, batches, workers, batch_size):
-        crops = crops.to(device)
-        yield [data.augment(crop, numbers) for crop, numbers in zip(crops, params)], rows
+def sample(dataset, most, *key):
+    """At most `most` images of a dataset, keyed."""
+    return dataset.select(data.permutation(len(dataset), data.SAMPLE, *key)[:most])
 
 
 @torch.no_grad()
-def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=256,
-                     what="features"):
-    """Outputs of `net` for each view of each item -> (V, N, F) on the CPU.
+def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, what="features"):
+    """Outputs of `net` for each view of each image -> (V, N, F) on the CPU.
 
-    items: rows for data.CenterView, pairs (epoch, row) for data.TwoViews. Several processes share
-    the work, and all get the result. The caller sets eval mode.
+    views: data.CenterView, V = 1, or data.TwoViews, 2. Several processes share the work, and all
+    get the result. The caller sets eval mode.
     """
-    # Processes need equal parts, so some items come twice.
-    processes = data.count_processes()
-    each = math.ceil(len(items) / processes)
-    padded = (items * processes)[:each * processes]
-    mine = data.own_part(torch.tensor(padded)).tolist()
-    batches = [mine[i:i + batch_size] for i in range(0, each, batch_size)]
+    # Processes need equal parts, so some images come twice.
+    n, processes = len(views.dataset), data.count_processes()
+    each = math.ceil(n / processes)
+    mine = data.own_part(torch.arange(each * processes) % n).tolist()
+    items = [(0, row) for row in mine]         # of epoch 0
+    batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
     features, done = None, 0
-    for pictures, _ in view_batches(views, batches, batch_size, device, workers):
-        out = torch.stack([net(picture) for picture in pictures], 1).cpu()          # (B, V, F)
+    for crops, params, _ in data.iterate(views, batches, workers, batch_size):
+        out = torch.stack([net(data.augment(crop.to(device), numbers))
+                           for crop, numbers in zip(crops, params)], 1).cpu()       # (B, V, F)
         if features is None:                   # at once, for there may be many
             features = out.new_empty(each, *out.shape[1:])
         features[done:done + len(out)] = out
@@ -89,19 +80,17 @@ def extract_features(net, views, items, *, device="cpu", workers=0, batch_size=2
         progress.show(done)
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
-    return features[:len(items)].transpose(0, 1)
+    return features[:n].transpose(0, 1)
 
 
-@torch.no_grad()
-def estimate_batch_norm(net, views, rows, *, device="cpu", workers=0, seed=0, images=512):
+def estimate_batch_norm(net, dataset, size, seed=0, images=512, **options):
     """Give a random network the data's batch statistics, those of some images: without them it
     would be a worse baseline than it need be."""
-    picks = sample(rows, images, seed, 1).tolist()
-    [([pictures], _)] = view_batches(views, [picks], images, device, workers)
+    views = CenterView(sample(dataset, images, seed, 1), size)
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1                                               # forget what was there
-    net.train()(pictures)
+    extract_features(net.train(), views, batch_size=images, **options)   # as one batch
     for layer in layers:
         layer.momentum = 0.1
 
@@ -219,60 +208,56 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
                 held_out=held_out[decay], rows=len(x))
 
 
-def train_on_crops(net, splits, rows, judged, size, *, frozen, lr, epochs=100, seed=0,
-                   device="cpu", workers=0):
+def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, device="cpu",
+                   workers=0):
     """[Small]'s protocols: a linear layer, trained on new random crops in every epoch, on the
-    frozen network or together with it (fine-tuning). rows (N,) of the training split, judged: a
-    pair (dataset, rows) -> accuracy on it.
+    frozen network or together with it (fine-tuning). Datasets `train`, `val` -> accuracy on val.
 
     Crops have at least 0.08 of the image; the rate falls to a tenth after 60 and 80 % of the
     epochs. Not frozen: 0.2; 40 and 70 %. Batches of 256, or all images if fewer.
     """
     min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
-    views = TwoViews(splits.train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
+    views = TwoViews(train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
     net = copy.deepcopy(net)                   # fine-tuning must not change the caller's
-    layer = nn.Linear(net.feature_dim, len(splits.names)).to(device)
+    layer = nn.Linear(net.feature_dim, len(train.classes)).to(device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     model = nn.Sequential(net, layer).train(not frozen)
-    batch_size = min(256, len(rows))
+    batch_size = min(256, len(train))
     trained = layer if frozen else model
     optimizer = torch.optim.SGD(trained.parameters(), lr * batch_size / 256, momentum=0.9)
-    per_epoch = len(rows) // batch_size
+    per_epoch = len(train) // batch_size
     milestones = [round(drop * epochs) * per_epoch for drop in drops]
     decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    rows = rows.tolist()
-    batches = ([(epoch, rows[i]) for epoch, i in batch]
-               for batch in data.schedule(len(rows), batch_size, epochs, seed))
+    batches = data.schedule(len(train), batch_size, epochs, seed)
     progress = data.Progress("steps of training", epochs * per_epoch)
-    for (view, _), index in view_batches(views, batches, batch_size, device, workers):
+    for crops, params, index in data.iterate(views, batches, workers, batch_size):
         progress.show(decay.last_epoch)
         with torch.set_grad_enabled(not frozen):
-            x = net(view)                                                # (B, F)
+            x = net(data.augment(crops[0].to(device), params[0]))        # (B, F)
         optimizer.zero_grad()
-        F.cross_entropy(layer(x), splits.train.labels[index].to(device)).backward()
+        F.cross_entropy(layer(x), train.labels[index].to(device)).backward()
         optimizer.step()
         decay.step()
-    dataset, judged_rows = judged
-    [scores] = extract_features(model.eval(), CenterView(dataset, size), judged_rows.tolist(),
-                                device=device, workers=workers, what="scores")
-    return accuracy(scores.argmax(1), dataset.labels[judged_rows])
+    [scores] = extract_features(model.eval(), CenterView(val, size), device=device,
+                                workers=workers, what="scores")
+    return accuracy(scores.argmax(1), val.labels)
 
 
 FINETUNE_RATES = (0.1, 0.01, 0.001)            # [Small] has 0.01
 
 
-def finetune(net, splits, rows, size, *, seed=0, **options):
+def finetune(net, train, val, size, *, seed=0, **options):
     """Fine-tuning as `train_on_crops` does it -> accuracy on val, learning rate. The rate is chosen
-    on a tenth of `rows`, never on val."""
-    rows = rows[data.permutation(len(rows), data.HOLD_OUT, seed, 2)]
-    judge = max(1, len(rows) // 10)
+    on a tenth of `train`, never on val."""
+    order = data.permutation(len(train), data.HOLD_OUT, seed, 2)
+    judge = max(1, len(order) // 10)
+    part, rest = train.select(order[:judge]), train.select(order[judge:])
     options |= dict(frozen=False, seed=seed)
-    held_out = {lr: train_on_crops(net, splits, rows[judge:], (splits.train, rows[:judge]), size,
-                                   lr=lr, **options) for lr in FINETUNE_RATES}
+    held_out = {lr: train_on_crops(net, rest, part, size, lr=lr, **options)
+                for lr in FINETUNE_RATES}
     lr = max(held_out, key=held_out.get)
-    val = splits.val, splits.val_rows
-    return train_on_crops(net, splits, rows, val, size, lr=lr, **options), lr
+    return train_on_crops(net, train, val, size, lr=lr, **options), lr
 
 
 def some_labels(labels, share, seed):
@@ -332,12 +317,10 @@ def class_distances(x, labels):
 
 
 def uniformity(x):
-    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242)."""
-    total = 0.0
-    for part in x.split(2048):
-        total += (-2 * torch.cdist(part, x).square()).exp().double().sum().item()
-    total -= len(x)                                                      # i = i gave exp(0) each
-    return math.log(max(total, 1e-300) / (len(x) * (len(x) - 1)))
+    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242), of about 5,000 rows
+    if there are more."""
+    x = x[::math.ceil(len(x) / 5000)]
+    return torch.pdist(x).square().mul(-2).exp().mean().log().item()
 
 
 @torch.no_grad()
@@ -369,57 +352,52 @@ def representation_space(original, view, labels):
 HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
 
 
-def load_splits(name, seed=0, train=None, classes=True):
-    """-> namespace of train, train_rows, val, val_rows (the rows with a label), names (of classes),
-    note. Of a dataset with fewer than two classes: all rows, and no names.
+def load_splits(name, train, seed=0, classes=True):
+    """`train`: that split of dataset `name` -> the datasets train and val, of the images with a
+    label; whether they have labels; a note.
 
-    Without a val split a keyed fifth of train is held out. `train`: that split, if loaded already.
-    Raises UserError for fewer than two images.
+    With fewer than two classes there are no labels, and all images stay. Without a val split a
+    keyed fifth of train is held out. Raises UserError for fewer than two images.
     """
-    train = train or data.load_dataset(name, "train", classes)
-    val = data.load_dataset(name, "val", classes) if data.has_val(name) else train
-    names = train.classes if len(train.labels[train.labels >= 0].unique()) > 1 else []
-    least = 0 if names else -1                                           # -1 is no label
-    train_rows = (train.labels >= least).nonzero().flatten()
-    val_rows = (val.labels >= least).nonzero().flatten()
+    val = data.load_dataset(name, "val", classes) if data.has_val(name) else None
+    labelled = len(train.labels[train.labels >= 0].unique()) > 1
+    if labelled:
+        train = train.labelled()
+        val = val and val.labelled()
     note = ""
-    if val is train:
-        order = train_rows[data.permutation(len(train_rows), data.HOLD_OUT, seed)]
+    if val is None:
+        order = data.permutation(len(train), data.HOLD_OUT, seed)
         held_out = round(HELD_OUT * len(order))
-        val_rows, train_rows = order[:held_out].sort().values, order[held_out:].sort().values
         note = f"; no val split, so {held_out} of {len(order)} images held out, keyed by the seed"
-    if min(len(train_rows), len(val_rows)) < 2:
-        raise UserError(f"{name} has {len(train_rows)} training and {len(val_rows)} validation "
-                        f"images{' in class folders' * bool(names)}: at least 2 of each are needed")
-    return SimpleNamespace(train=train, train_rows=train_rows, val=val, val_rows=val_rows,
-                           names=names, note=note)
+        train, val = (train.select(rows.sort().values)
+                      for rows in (order[held_out:], order[:held_out]))
+    if min(len(train), len(val)) < 2:
+        raise UserError(f"{name} has {len(train)} training and {len(val)} validation images"
+                        f"{' in class folders' * labelled}: at least 2 of each are needed")
+    return train, val, labelled, note
 
 
 KNN_TRAIN, KNN_VAL, OWN_VIEW = 50_000, 10_000, 1000      # the most images, while training
 
 
 @torch.no_grad()
-def measure_online(encoder, splits, image_size, seed, **options):
+def measure_online(encoder, train, val, labelled, size, seed, **options):
     """For pretrain.py, encoder in eval mode: kNN accuracy of the backbone's features and of the
     head's output; without labels the share of images whose augmented view is nearer than every
     other image -> {"knn_backbone": ..., "knn_head": ...} or {"own_view": ...}."""
-    train_view, val_view = (CenterView(part, image_size) for part in (splits.train, splits.val))
-    if not splits.names:
-        rows = sample(splits.val_rows, OWN_VIEW, seed).tolist()
-        views, items = TwoViews(splits.val, image_size, seed), [(0, row) for row in rows]
-        [original] = extract_features(encoder.backbone, val_view, rows, **options)
-        view, _ = extract_features(encoder.backbone, views, items, **options)
+    if not labelled:
+        some = sample(val, OWN_VIEW, seed)
+        [original] = extract_features(encoder.backbone, CenterView(some, size), **options)
+        view, _ = extract_features(encoder.backbone, TwoViews(some, size, seed), **options)
         return {"own_view": find_own(original, view)[0]}
     options["what"] = "features for the kNN"
     device = options["device"]
-    train_rows = sample(splits.train_rows, KNN_TRAIN, seed)
-    val_rows = sample(splits.val_rows, KNN_VAL, seed)
-    [train_x] = extract_features(encoder.backbone, train_view, train_rows.tolist(), **options)
-    [val_x] = extract_features(encoder.backbone, val_view, val_rows.tolist(), **options)
-    train_y, val_y = splits.train.labels[train_rows], splits.val.labels[val_rows]
+    train, val = sample(train, KNN_TRAIN, seed), sample(val, KNN_VAL, seed)
+    [train_x] = extract_features(encoder.backbone, CenterView(train, size), **options)
+    [val_x] = extract_features(encoder.backbone, CenterView(val, size), **options)
     train_z, val_z = encoder.head(train_x.to(device)), encoder.head(val_x.to(device))
-    return {"knn_backbone": knn_accuracy(train_x, train_y, val_x, val_y, device=device),
-            "knn_head": knn_accuracy(train_z, train_y, val_z, val_y, device=device)}
+    return {"knn_backbone": knn_accuracy(train_x, train.labels, val_x, val.labels, device=device),
+            "knn_head": knn_accuracy(train_z, train.labels, val_z, val.labels, device=device)}
 
 
 # ------------------------------------------------- the report
@@ -444,75 +422,62 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
 TABLE = ("linear_top1", "augmented_top1", "knn", "over_clustering", "effective_rank", "own_view")
 
 
-def measure(net, splits, args, size, title):
+def measure(net, train, val, labelled, args, size, title):
     """All measures of one frozen network -> report, features of the training images (N, F) and of
     the validation images (V, F)."""
     net.eval()                # or batch norm would adapt to the images of the evaluation
-    options = dict(device=own_device(), workers=args.workers)
-    train_y, val_y = splits.train.labels[splits.train_rows], splits.val.labels[splits.val_rows]
-    order = data.permutation(len(val_y), data.SAMPLE, args.seed, 4)
-    most = 50 if splits.names else 1000                                  # of a class
-    chosen = torch.cat([order[val_y[order] == c][:most] for c in val_y.unique()])
-    items = [(0, row) for row in splits.val_rows[chosen].tolist()]
+    device = data.own_device()
+    options = dict(device=device, workers=args.workers)
+    order = data.permutation(len(val), data.SAMPLE, args.seed, 4)
+    most = 50 if labelled else 1000                                      # of a class
+    chosen = torch.cat([order[val.labels[order] == c][:most] for c in val.labels.unique()])
 
-    [train_x] = extract_features(net, CenterView(splits.train, size), splits.train_rows.tolist(),
-                                 **options, what=f"features of {title}, training images")
-    [val_x] = extract_features(net, CenterView(splits.val, size), splits.val_rows.tolist(),
-                               **options, what=f"features of {title}, validation images")
-    view, _ = extract_features(net, TwoViews(splits.val, size, args.seed), items, **options,
+    [train_x] = extract_features(net, CenterView(train, size), **options,
+                                 what=f"features of {title}, training images")
+    [val_x] = extract_features(net, CenterView(val, size), **options,
+                               what=f"features of {title}, validation images")
+    view, _ = extract_features(net, TwoViews(val.select(chosen), size, args.seed), **options,
                                what=f"views, {title}")
     report = dict(val_images=len(val_x))
-    report |= representation_space(val_x[chosen], view, val_y[chosen])
-    if splits.names:
-        knowledge = train_x, train_y, val_x, val_y
-        device = options["device"]
-        probe = linear_probe(*knowledge, seed=args.seed, device=device)
-        report |= {f"linear_{name}": value for name, value in probe.items()}
-        report["knn"] = knn_accuracy(*knowledge, device=device)
-        report["best_nn"], report["best_nn_k"] = best_nn(*knowledge, device=device)
-        if args.protocol == "augmented":
-            val = splits.val, splits.val_rows
-            report["augmented_top1"] = train_on_crops(
-                net, splits, splits.train_rows, val, size, frozen=True, lr=30, epochs=args.epochs,
-                seed=args.seed, **options)
-        report["few_labels"] = measure_few_labels(net, splits, knowledge, probe, args, size,
+    report |= representation_space(val_x[chosen], view, val.labels[chosen])
+    if not labelled:
+        return report, train_x, val_x
+    probe = linear_probe(train_x, train.labels, val_x, val.labels, seed=args.seed, device=device)
+    report |= {f"linear_{name}": value for name, value in probe.items()}
+    report["knn"] = knn_accuracy(train_x, train.labels, val_x, val.labels, device=device)
+    report["best_nn"], report["best_nn_k"] = best_nn(train_x, train.labels, val_x, val.labels,
+                                                     device=device)
+    options |= dict(epochs=args.epochs, seed=args.seed)
+    if args.protocol == "augmented":
+        report["augmented_top1"] = train_on_crops(net, train, val, size, frozen=True, lr=30,
                                                   **options)
+    report["few_labels"] = []                                            # fewest first
+    for share in sorted(args.shares):
+        some = some_labels(train.labels, share, args.seed)
+        row = dict(labels=len(some), linear=probe["top1"])
+        if len(some) < len(train):
+            row["linear"] = linear_probe(train_x[some], train.labels[some], val_x, val.labels,
+                                         seed=args.seed, device=device)["top1"]
+        if args.finetune:
+            row["finetuned"], row["lr"] = finetune(net, train.select(some), val, size, **options)
+        report["few_labels"].append(row)
     return report, train_x, val_x
 
 
-def measure_few_labels(net, splits, knowledge, probe, args, size, **options):
-    """The linear probe, and with --finetune the network trained too, for --shares of the labels
-    -> a list of {"labels": ..., "linear": ...}, fewest first. `probe`: that of all labels."""
-    train_x, train_y, val_x, val_y = knowledge
-    rows = []
-    for share in sorted(args.shares):
-        some = some_labels(train_y, share, args.seed)
-        row = dict(labels=len(some), linear=probe["top1"])
-        if len(some) < len(train_y):
-            row["linear"] = linear_probe(train_x[some], train_y[some], val_x, val_y, seed=args.seed,
-                                         device=options["device"])["top1"]
-        if args.finetune:
-            row["finetuned"], row["lr"] = finetune(net, splits, splits.train_rows[some], size,
-                                                   epochs=args.epochs, seed=args.seed, **options)
-        rows.append(row)
-    return rows
-
-
-def write_features(file, splits, train_x, val_x):
+def write_features(file, train, val, train_x, val_x):
     """An .npz of features (N, F), labels (N,), paths (N,), and is_val (N,)."""
-    parts = ((splits.train, splits.train_rows), (splits.val, splits.val_rows))
-    paths = [dataset.path(row) for dataset, rows in parts for row in rows.tolist()]
-    labels = [dataset.labels[rows] for dataset, rows in parts]
-    is_val = np.arange(len(paths)) >= len(train_x)
+    paths = [part.path(row) for part in (train, val) for row in range(len(part))]
+    is_val = np.arange(len(paths)) >= len(train)
     with data.writing(file), open(file, "wb") as stream:
-        np.savez(stream, features=torch.cat([train_x, val_x]).numpy(), labels=torch.cat(labels),
-                 paths=paths, is_val=is_val)
+        np.savez(stream, features=torch.cat([train_x, val_x]).numpy(), paths=paths, is_val=is_val,
+                 labels=torch.cat([train.labels, val.labels]))
     say(f"written: {file}, features of {len(paths)} images")
 
 
-def standard_error(share, n):
+def standard_error(report, name):
     """Of a share of n independent images: sqrt(p (1 - p) / n)."""
-    return math.sqrt(share * (1 - share) / n)
+    n = report["view_images" if "view" in name else "val_images"]
+    return math.sqrt(report[name] * (1 - report[name]) / n)
 
 
 def verdict(trained, random, log=()):
@@ -522,14 +487,16 @@ def verdict(trained, random, log=()):
     are farther) is two standard errors of the difference above the random network's.
     still rising: the log's kNN, or own view found, gained over 0.01 in its last third.
     """
+    def better(name):
+        error = math.hypot(standard_error(trained, name), standard_error(random, name))
+        return trained[name] > random[name] + 2 * error
+
     if trained.get("effective_rank", 1) < 2 or (log and log[-1].get("spread", 1) < 0.1):
         return "collapsed: all images have nearly the same features"
-    names, n = ["own_view", "others_farther_from_view"], trained["view_images"]
+    names = ["own_view", "others_farther_from_view"]
     if "linear_top1" in trained:
-        names, n = ["linear_top1"], trained["val_images"]
-    errors = [math.hypot(standard_error(trained[name], n), standard_error(random[name], n))
-              for name in names]
-    if not any(trained[name] > random[name] + 2 * error for name, error in zip(names, errors)):
+        names = ["linear_top1"]
+    if not any(better(name) for name in names):
         return f"no better than random: {MEASURES[names[0]][0][:-2]} is within two standard errors"
     history = [row[name] for row in log for name in ("knn_backbone", "own_view") if name in row]
     if len(history) < 3:
@@ -546,48 +513,34 @@ def read_log(path):
                 for row in csv.DictReader(file)]
 
 
-def print_table(columns, names):
-    """columns {title: report}, side by side; a share with its standard error."""
-    def print_row(first, cells, last):
-        padded = [cell.rjust(max(14, len(title)) + 2) for title, cell in zip(columns, cells)]
-        say(f"{first:25s}{''.join(padded)}   {last}")
+def print_table(columns, every):
+    """columns {title: report}, side by side, `every` measure or a few; a share with its standard
+    error."""
+    def cell(report, name):
+        if name not in report:
+            return "-"
+        if MEASURES[name][0].endswith("%"):
+            return f"{100 * report[name]:.1f} ± {100 * standard_error(report, name):.1f}"
+        return f"{report[name]:.3f}"
 
-    say()
-    print_row("", columns, "")
-    for name in names:
-        title, reading = MEASURES[name]
-        cells = []
-        for report in columns.values():
-            value = report.get(name)
-            if value is None:
-                cells.append("-")
-            elif title.endswith("%"):
-                n = report["view_images" if "view" in name else "val_images"]
-                cells.append(f"{100 * value:.1f} ± {100 * standard_error(value, n):.1f}")
-            else:
-                cells.append(f"{value:.3f}")
-        if any(name in report for report in columns.values()):
-            print_row(title, cells, reading)
+    rows, reports = [("", columns, "")], columns.values()
+    labelled = any("knn" in report for report in reports)
+    for name in TABLE if labelled and not every else MEASURES:
+        if any(name in report for report in reports):
+            title, reading = MEASURES[name]
+            rows.append((title, [cell(report, name) for report in reports], reading))
     for kind, title in (("linear", "linear probe %"), ("finetuned", "fine-tuned %")):
-        for rows in zip(*(report.get("few_labels", []) for report in columns.values())):
-            if kind in rows[0]:
-                cells = [f"{100 * row[kind]:.1f}" for row in rows]
-                print_row(f"{title} of {rows[0]['labels']:6d}", cells, "labels")
+        for few in zip(*(report.get("few_labels", []) for report in reports)):
+            if kind in few[0]:
+                cells = [f"{100 * row[kind]:.1f}" for row in few]
+                rows.append((f"{title} of {few[0]['labels']:6d}", cells, "labels"))
+    width = max(14, *map(len, columns)) + 2
+    say()
+    for first, cells, last in rows:
+        say(f"{first:25s}{''.join(cell.rjust(width) for cell in cells)}   {last}")
 
 
-# ------------------------------------------------- devices and weights
-
-def own_device():
-    """The GPU of this process, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise LocalError(f"more processes than this machine's {gpus} GPUs: pass "
-                         f"--nproc_per_node={gpus} to torchrun")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
+# ------------------------------------------------- weights
 
 def load_file(path):
     """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
@@ -631,24 +584,18 @@ BLUE, ORANGE, GRAY = (40, 100, 220), (240, 140, 20), (150, 150, 150)
 COLORS = [f"hsl({hue}, 80%, 42%)" for hue in range(0, 360, 30)]
 
 
-def canvas(width, height, title=""):
-    """A white image and a pen, with a line of text at the top."""
-    image = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(image)
-    pen.font = ImageFont.load_default(14)
-    pen.text((6, 6), title, "black")
-    return image, pen
-
-
 def plot(path, panels, width, height, dots=False):
     """Diagrams below each other (with dots: side by side) of {title: [(points, color, name)]}:
     points (N, 2) as a line with its name at the end, or as dots with their name in the middle."""
     across = len(panels) if dots else 1
-    image, pen = canvas(width * across, height * (len(panels) // across))
+    image = Image.new("RGB", (width * across, height * (len(panels) // across)), "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(14)
     for number, (title, groups) in enumerate(panels.items()):
         left, top = number % across * width + 6, number // across * height + 26
         right, bottom = left + width - 12, top + height - 32
-        groups = [(torch.as_tensor(points).double(), *rest) for points, *rest in groups]
+        groups = [(torch.as_tensor(points).double(), *rest) for points, *rest in groups
+                  if len(points)]
         every = torch.cat([points for points, *_ in groups])
         low, high = every.amin(0), every.amax(0)
         pen.text((left, top - 20), title, "black")
@@ -679,16 +626,12 @@ def draw_curve(log_csv, png):
     rows, panels = read_log(log_csv), {}
     for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
                          ("same_class", "same_class_chance")):
-        lines = {}
-        for column, color in ((chance, GRAY), (name, BLUE)):
-            points = [(row["step"], row[column]) for row in rows if column in row]
-            if points:
-                lines[column] = points, color, ""
-        if name in lines:
-            points = lines[name][0]
+        points, guessed = ([(row["step"], row[column]) for row in rows if column in row]
+                           for column in (name, chance))
+        if points:
             (first, start), (last, end) = points[0], points[-1]
             title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
-            panels[title + (" (gray: chance)" if chance else "")] = lines.values()
+            panels[title] = [(guessed, GRAY, "chance"), (points, BLUE, "")]
     plot(png, panels, 600, 170)
 
 
@@ -696,12 +639,10 @@ def draw_few_labels(path, networks):
     """Accuracy over the number of labels, by the linear probe and fine-tuned: {title: report}."""
     lines = []
     for number, (title, report) in enumerate(networks.items()):
-        for kind, color in (("linear", COLORS[4 * number % 12]),
-                            ("finetuned", COLORS[(4 * number + 2) % 12])):
+        for shift, kind in enumerate(("linear", "finetuned")):
             points = [(math.log10(row["labels"]), 100 * row[kind])
                       for row in report["few_labels"] if kind in row]
-            if points:
-                lines.append((points, color, f"{kind}, {title}"))
+            lines.append((points, COLORS[(4 * number + 2 * shift) % 12], f"{kind}, {title}"))
     plot(path, {"accuracy in % over number of labels (log scale)": lines}, 600, 420)
 
 
@@ -718,136 +659,121 @@ def draw_map(path, networks, labels, names):
     plot(path, panels, 420, 448, dots=True)
 
 
-def draw_rows(path, title, queries, query_rows, others, other_rows):
-    """A line of pictures for each query: itself, then `other_rows` (Q, M) of `others`. Blue frame:
-    the same class; orange: another; gray: no label."""
-    image, pen = canvas(168 + 72 * other_rows.shape[1], 28 + 76 * len(query_rows), title)
+def draw_rows(path, queries, others, near):
+    """A line of pictures for each of `queries`: itself, then rows near (Q, M) of `others`. Blue
+    frame: the same class; orange: another; gray: no label."""
+    def framed(dataset, row, frame):                                     # (1, 3, 72, 72)
+        picture, _, _ = CenterView(dataset, 64)[0, row]
+        return TF.pad(picture, 4, fill=frame)
 
-    def paste(dataset, row, frame, x, y):                                # 64 px, framed by 4
-        picture = CenterView(dataset, 64)[row][0][0]
-        image.paste(ImageOps.expand(to_pil_image(picture), 4, frame), (x, y))
-
-    for i, row in enumerate(query_rows.tolist()):
-        y, label = 28 + 76 * i, queries.labels[row]
-        if label >= 0:
-            pen.text((4, y + 28), queries.classes[label][:11], "black")
-        paste(queries, row, GRAY, 90, y)
-        for j, other in enumerate(other_rows[i].tolist()):
+    tiles = []
+    for i, label in enumerate(queries.labels.tolist()):
+        tiles.append(framed(queries, i, GRAY))
+        for other in near[i].tolist():
             theirs = others.labels[other]
             frame = BLUE if theirs == label else ORANGE
-            paste(others, other, frame if min(theirs, label) >= 0 else GRAY, 168 + 72 * j, y)
+            tiles.append(framed(others, other, frame if min(theirs, label) >= 0 else GRAY))
+    grid = make_grid(torch.cat(tiles), nrow=1 + near.shape[1], pad_value=255)
     with data.writing(path):
-        image.save(path)
+        TF.to_pil_image(grid).save(path)
 
 
-@torch.no_grad()
-def draw_soft_positives(path, state, dataset, seed, queries=10, count=8):
+def draw_soft_positives(path, state, dataset, seed):
     """Some images, and the keys in last.pt's queue that would get their smoothing."""
     settings, queue = state["settings"], state["queue"]
     size = settings["image_size"]
     encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], size <= data.SMALL)
     encoder.load_state_dict(state["encoder"])
     real = queue["index"] >= 0
-    picks = sample(torch.arange(len(dataset)), queries, seed, 3)
-    # Not by extract_features: only the first process draws.
-    [([pictures], _)] = view_batches(CenterView(dataset, size), [picks.tolist()], queries)
-    _, near = neighbors(encoder.eval()(pictures), queue["keys"][real], count)
-    draw_rows(path, "an image, then its soft positives in the queue", dataset, picks, dataset,
-              queue["index"][real][near])
+    queries = sample(dataset, 10, seed, 3)
+    [z] = extract_features(encoder.eval(), CenterView(queries, size))
+    _, near = neighbors(z, queue["keys"][real], 8)
+    draw_rows(path, queries, dataset, queue["index"][real][near])
 
 
 # ------------------------------------------------- one run after the other
 
-def read_settings(args, run):
-    """The settings of a run, or of --weights, less what the flags say otherwise."""
-    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
-    if run and not (run / "args.json").exists():
-        raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such as "
-                        f"runs/...")
-    if run:
-        settings |= json.loads((run / "args.json").read_text())
-    elif not args.arch:
-        raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
-    return settings
-
-
 def evaluate(args, run):
-    """Measure a run's network and its random twin -> namespace of what the report needs."""
-    settings = read_settings(args, run)
+    """Measure a run's network and its random twin: print a table, write report and pictures into
+    the run's folder, NAME-OTHER-key.* beside those of the run -> {network: its measures}."""
+    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
+    log = []
+    if run:
+        if not (run / "args.json").exists():
+            raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such "
+                            f"as runs/...")
+        settings |= json.loads((run / "args.json").read_text())
+        log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
     name, arch = args.data or settings["data"], args.arch or settings["arch"]
-    classes = args.classes or ("folders" if args.data else settings["classes"])
-    splits = load_splits(name, args.seed, classes=classes != "none")
-    size = args.image_size or settings["image_size"] or data.default_image_size(splits.train)
+    classes = (args.classes or ("folders" if args.data else settings["classes"])) != "none"
+    whole = data.load_dataset(name, "train", classes)
+    train, val, labelled, note = load_splits(name, whole, args.seed, classes)
+    size = args.image_size or settings["image_size"] or data.default_image_size(whole)
     about = "without labels"
-    if splits.names:
-        share = torch.bincount(splits.val.labels[splits.val_rows]).max() / len(splits.val_rows)
-        about = f"{len(splits.names)} classes, the largest {share:.1%} of validation"
+    if labelled:
+        share = torch.bincount(val.labels).max() / len(val)
+        about = f"{len(train.classes)} classes, the largest {share:.1%} of validation"
     elif args.shares or args.protocol == "augmented":
         raise UserError(f"{name} has no labels: --shares and --protocol augmented need class "
                         f"folders, here or by --labels FOLDER")
     title = str(run or args.weights)
-    say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: "
-        f"{len(splits.train_rows)} training and {len(splits.val_rows)} validation images, {about}"
-        f"{splits.note}")
+    say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: {len(train)} training "
+        f"and {len(val)} validation images, {about}{note}")
 
     # All weights are tried before the long work begins.
-    device, small = own_device(), (settings["image_size"] or size) <= data.SMALL
-    part = "last.pt" if args.encoder == "key" else "backbone.pt"
-    files = {"random": None, "pretrained": args.weights or run / part}
+    device, small = data.own_device(), (settings["image_size"] or size) <= data.SMALL
+    files = {"random": None}
     if args.against:
         files[f"against {Path(args.against).stem}"] = args.against
+    part = "last.pt" if args.encoder == "key" else "backbone.pt"
+    files["pretrained"] = args.weights or run / part
     nets = {}
     for network, file in files.items():
         torch.manual_seed(args.seed)
         nets[network] = build_backbone(arch, small).to(device, memory_format=torch.channels_last)
         if file:
             load_weights(nets[network], file, args.encoder)
-    estimate_batch_norm(nets["random"], CenterView(splits.train, size), splits.train_rows,
-                        device=device, workers=args.workers, seed=args.seed)
+    estimate_batch_norm(nets["random"], train, size, args.seed, device=device, workers=args.workers)
 
-    picks = data.permutation(len(splits.val_rows), data.SAMPLE, args.seed, 2)
     report = dict(run=title, data=name, encoder=args.encoder, seed=args.seed, image_size=size,
-                  train_images=len(splits.train_rows))
+                  train_images=len(train))
     features = {}
     for network, net in nets.items():
-        report[network], train_x, val_x = measure(net, splits, args, size, f"the {network} network")
-        features[network] = val_x
-        if network == "pretrained":
-            _, near = neighbors(unit(val_x[picks[:10]]), unit(train_x), 8, device=device)
-            kept = train_x if args.features else None
-        del train_x                            # before the next network's
-    log = read_log(run / "log.csv") if run and (run / "log.csv").exists() else []
+        train_x = None                         # the last network's make room
+        report[network], train_x, features[network] = measure(
+            net, train, val, labelled, args, size, f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
-    return SimpleNamespace(run=run, title=title, settings=settings, networks=list(nets),
-                           report=report, splits=splits, features=features, train_x=kept,
-                           picks=picks, near=splits.train_rows[near])
+    networks = {network: report[network] for network in nets}
+    print_table(networks, args.all)
+    say(f"{title}: {report['verdict']}")
 
-
-def write_result(args, result):
-    """Report and pictures into the run's folder: NAME-OTHER-key.* beside those of the run."""
-    folder = Path(args.out or result.run)
-    splits, picks, report = result.splits, result.picks, result.report
-    end = "" if report["data"] == result.settings["data"] else f"-{splits.train.name}"
+    # From here on files: the report stands already, whatever the disk says.
+    if args.features:
+        write_features(args.features, train, val, train_x, features["pretrained"])
+    if not (run or args.out):
+        return networks
+    folder = Path(args.out or run)
+    end = "" if name == settings["data"] else f"-{train.name}"
     end += "-key" if args.encoder == "key" else ""
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw_rows(folder / f"neighbors{end}.png", "an image, then the nearest training images",
-              splits.val, splits.val_rows[picks[:10]], splits.train, result.near)
-    if splits.names:
+    picks = data.permutation(len(val), data.SAMPLE, args.seed, 2)
+    x = unit(features["pretrained"][picks[:10]])
+    _, near = neighbors(x, unit(train_x), 8, device=device)
+    draw_rows(folder / f"neighbors{end}.png", val.select(picks[:10]), train, near)
+    if labelled:
         shown = picks[:2000]
-        features = {network: x[shown] for network, x in result.features.items()}
-        draw_map(folder / f"map{end}.png", features, splits.val.labels[splits.val_rows[shown]],
-                 splits.names)
+        draw_map(folder / f"map{end}.png", {title: x[shown] for title, x in features.items()},
+                 val.labels[shown], val.classes)
     if args.shares:
-        draw_few_labels(folder / f"few_labels{end}.png",
-                        {network: report[network] for network in result.networks})
+        draw_few_labels(folder / f"few_labels{end}.png", networks)
     # The queue's keys are of the images of pretraining.
-    same_data = splits.train.fingerprint == result.settings["dataset"]
-    if same_data and (result.run / "last.pt").exists():
-        draw_soft_positives(folder / "soft_positives.png", load_file(result.run / "last.pt"),
-                            splits.train, args.seed)
+    if whole.fingerprint() == settings["dataset"] and (run / "last.pt").exists():
+        draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
+                            args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures")
+    return networks
 
 
 def read_flags(argv):
@@ -877,6 +803,8 @@ def read_flags(argv):
     args = parser.parse_args(argv)
     if not all(0 < share <= 1 for share in args.shares):
         raise UserError(f"--shares {args.shares}: must lie above 0 and be at most 1")
+    if args.weights and not args.arch:
+        raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
     if args.finetune and not args.shares:
         args.shares = [1.0]
     if len(args.runs) > 1 and (args.out or args.features):
@@ -899,28 +827,13 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
     results = [evaluate(args, run) for run in runs]
-    columns = {}
-    for number, result in enumerate(results, 1):
-        names = {"random": "random weights"}
-        if len(results) > 1:
-            names = {name: f"{name} {number}" for name in result.networks}
-            say(f"{number}: {result.title}")
-        for network in result.networks:
-            columns.setdefault(names.get(network, network), result.report[network])
-    labelled = any("knn" in column for column in columns.values())
-    print_table(columns, TABLE if labelled and not args.all else MEASURES)
-    for result in results:
-        say(f"{result.title}: {result.report['verdict']}")
-        if args.features:
-            write_features(args.features, result.splits, result.train_x,
-                           result.features["pretrained"])
-        if result.run or args.out:
-            write_result(args, result)
+    if len(runs) > 1:
+        columns = {}
+        for number, (run, networks) in enumerate(zip(runs, results), 1):
+            say(f"{number}: {run}")
+            columns |= {f"{network} {number}": report for network, report in networks.items()}
+        print_table(columns, args.all)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
-    try:
-        main()
-    except UserError as user_error:
-        data.exit_with(user_error)
+    data.run_main(main)

@@ -12,14 +12,14 @@ All keys have length 1, so a product is a cosine. A small temperature lets only 
 InfoNCE (arXiv 1807.03748) puts the whole target on the positive. But some of the K keys show the
 query's own kind of thing, and are pushed away. And a view may be a bad crop, which does not deserve
 the whole target. [Light] (arXiv 2212.07158) therefore softens it: 1 - s on the positive, and s
-shared by the negatives most similar to q.
+shared by the negatives most similar to q: the likeliest to show the same kind of thing.
 
 Since log p_j = logit_j - logsumexp(logits) and the target sums to 1, this is
 
-    loss = logsumexp(logits) - (1 - s) logit_positive - s sum_j w_j logit_(j)
+    loss = logsumexp(logits) - (1 - s) logit_positive - s sum_j w_j near_logit_j
 
-    logit_(j) : that of the j-th nearest key of the queue
-    w_j       : its share of s, w_1 + ... + w_n = 1
+    near_logit_j : that of the j-th nearest key of the queue
+    w_j          : its share of s, w_1 + ... + w_n = 1
 """
 import torch
 
@@ -98,14 +98,17 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
 def check(q, k, queue, temperature, smoothing, neighbors, weighting):
     """Raise ValueError that names the argument and the value seen."""
-    if q.shape != k.shape or q.shape[1:] != queue.shape[1:]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}: "
-                         f"must be (N, D), (N, D) and (K, D)")
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: must be above 0")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing {smoothing}: must lie in [0, 1]")
-    if not 0 <= neighbors <= len(queue):
-        raise ValueError(f"neighbors {neighbors}: must lie in [0, {len(queue)}], the queue's rows")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
+    conditions = (
+        (q.shape == k.shape and q.shape[1:] == queue.shape[1:],
+         f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}: must be (N, D), "
+         f"(N, D) and (K, D)"),
+        (temperature > 0, f"temperature {temperature}: must be above 0"),
+        (0 <= smoothing <= 1, f"smoothing {smoothing}: must lie in [0, 1]"),
+        (0 <= neighbors <= len(queue),
+         f"neighbors {neighbors}: must lie in [0, {len(queue)}], the queue's rows"),
+        (weighting in WEIGHTINGS,
+         f"weighting {weighting!r}: must be one of {', '.join(WEIGHTINGS)}"),
+    )
+    for holds, otherwise in conditions:
+        if not holds:
+            raise ValueError(otherwise)

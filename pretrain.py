@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import lineval
 from data import UserError, say
-from lineval import draw_curve, load_file, load_weights, own_device
+from lineval import draw_curve, load_file, load_weights
 from loss import TIERS, WEIGHTINGS, soft_info_nce
 from models import ARCHS, Encoder
 
@@ -54,12 +54,12 @@ MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
     temperature=0.2,
     smoothing=0.0,          # the share of the target that neighbours in the queue get
     smoothing_schedule="constant",
-    neighbors=0,            # how many share it
+    neighbors=0,            # how many share it; 0: the whole queue
     weighting="uniform",    # and how, see loss.py
     queue_size=65536,
     key_momentum=0.999,     # share of the old key encoder that a step keeps
     dim=128,                # of the embedding
-    hidden_dim="1x",        # of the projection head: a number, or 2x: twice the feature's width
+    hidden_dim="1x",        # of the projection head; 2x: twice the feature's width
     min_scale=0.2,          # least share of the image in a crop
     jitter=[0.4, 0.4, 0.4, 0.1],     # brightness, contrast, saturation, hue
     jitter_p=0.8,
@@ -75,10 +75,11 @@ RECIPES = {
                             jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
     # [Light]: direction, temperature, lr, warm-up and head from the only settings string in its
     # code, a baseline without smoothing; batch and epochs are that code's defaults. Its loss is
-    # the sum of both directions with decay 1e-4; ours is their mean, with half of it. Weight and
-    # neighbours of the smoothing are ours: the code does not say which gave the paper's numbers.
+    # the sum of both directions, at lr 0.12 for 512 images, with decay 1e-4. For our loss, their
+    # mean, that is lr 0.24 for 512 and decay 5e-5. Weight and neighbours of the smoothing are
+    # ours: the code does not say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
-                            temperature=0.1, hidden_dim="2048", batch_size=512,
+                            temperature=0.1, hidden_dim=2048, batch_size=512,
                             smoothing=0.1, neighbors=20),
 }
 
@@ -87,11 +88,11 @@ def scale_to(images, args):
     """Settings for datasets of up to 200,000 images, instead of the recipe's: our rule, see
     assets/RESULTS.md.
 
-    The key encoder remembers 1 / (1 - momentum) steps: too many for a short run, whose network
-    has moved on by then. A rule of thumb: it remembers the square root of the run's steps. (MoCo's
-    0.999 is that for a million.) The queue's keys are at most a tenth of this memory old, so that
-    they agree. A run of 10,000 steps remembers 100, momentum 0.99, and its queue holds the keys of
-    10 steps.
+    The key encoder remembers 1 / (1 - momentum) steps. A long memory makes keys that agree, but
+    lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: it
+    remembers the square root of the run's steps. (MoCo's 0.999 is that for a million.) The queue's
+    keys are at most a tenth of this memory old, so that they agree. A run of 10,000 steps remembers
+    100, momentum 0.99, and its queue holds the keys of 10 steps.
 
     Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
     of a small slice is a poor estimate. No smoothing: in short runs it has helped nothing.
@@ -113,7 +114,7 @@ def scale_to(images, args):
     memory = min(1000, max(2, math.sqrt(steps)))
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
-    age = min(max(1, memory / 10), per_epoch / 2)        # no query shall meet its own last key
+    age = min(max(1, memory / 10), per_epoch / 2)        # few queries shall meet their own old keys
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
     while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in [Light]
@@ -125,24 +126,21 @@ def scale_to(images, args):
 # ------------------------------------------------- the method
 
 class KeyQueue:
-    """The last `size` keys, a ring: keys (K, D) unit rows, random at first; index (K,) of their
-    images, -1 at first."""
+    """The last `size` keys, oldest first: keys (K, D) unit rows, random at first; index (K,) of
+    their images, -1 at first."""
 
     def __init__(self, size, dim, seed=0, device="cpu"):
         generator = torch.Generator().manual_seed(seed)
         keys = torch.randn(size, dim, generator=generator)
         self.keys = F.normalize(keys, dim=1).to(device)
         self.index = torch.full((size,), -1, device=device)
-        self.pointer = 0
 
     @torch.no_grad()
     def enqueue(self, keys, index):
         """Overwrite the oldest: keys (B, D), index (B,); of more than `size` the last stay."""
         size = len(self.keys)
-        rows = torch.arange(self.pointer, self.pointer + len(keys), device=keys.device) % size
-        self.keys[rows[-size:]] = keys[-size:].to(self.keys.dtype)
-        self.index[rows[-size:]] = index[-size:]
-        self.pointer = (self.pointer + len(keys)) % size
+        self.keys = torch.cat([self.keys, keys])[-size:]
+        self.index = torch.cat([self.index, index])[-size:]
 
 
 @torch.no_grad()
@@ -163,7 +161,8 @@ def encode_keys(key_encoder, view, order):
     the queries: that of `order`, a permutation (N,) of the global batch. The cutting itself is done
     by models.BatchNorm2d. With one process, gather and own_part return what they are given.
     """
-    # As (n, S, S, 3) a channels_last view is contiguous, which gather needs.
+    # As (n, S, S, 3) a channels_last view is contiguous, so that gather copies nothing and keeps
+    # its layout.
     views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     shuffled = data.own_part(order)                                  # (n,) rows to encode here
     keys = data.gather(key_encoder(views[shuffled]))                 # (N, D), permuted
@@ -196,7 +195,7 @@ def pretrain(args, stop):
     """Train as `args` say. `stop` tells when somebody wants it to end early."""
     # -- processes, device, data
     rank, world = start_processes()
-    device = own_device()
+    device = data.own_device()
     typed = vars(args).copy()                            # before the rest is filled in
     dataset = load_in_turn(args)
     if args.skip_unreadable:
@@ -237,13 +236,12 @@ def pretrain(args, stop):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    epochs, ready = args.epochs, 0
+    steps = data.schedule(len(dataset), args.batch_size, args.epochs, args.seed, rank=rank,
+                          world=world, first_step=first_step)
+    ready = 0                                  # batches before the clock starts
     if args.dry_run:                           # it may need more batches than a run has
-        epochs, ready = 2 ** 20, 2 * args.workers + 3        # ready: before the clock starts
-    steps = data.schedule(len(dataset), args.batch_size, epochs, args.seed, rank=rank, world=world,
-                          first_step=first_step)
-    if args.dry_run:
-        steps = itertools.islice(steps, 3 * ready + 10)
+        ready = 2 * args.workers + 3
+        steps = itertools.islice(itertools.cycle(steps), 3 * ready + 10)
     loader = data.iterate(views, steps, args.workers, args.batch_size // world,
                           pin_memory=device.type == "cuda")
     batches = Batches(loader, device, ready)
@@ -314,7 +312,7 @@ def start_processes():
     if world > 1:
         # torch 2.14 has new names for what is called below, which 2.11 does not know.
         warnings.simplefilter("ignore", FutureWarning)
-        device = own_device()
+        device = data.own_device()
         cuda = device.type == "cuda"
         # torchrun keeps one store through its restarts: without a prefix a process might find the
         # address of one that died.
@@ -412,7 +410,8 @@ class Log:
         self.labels = dataset.labels.to(self.device)
         self.saved_at, self.lines, self.splits = time.monotonic(), 0, None
         if args.knn_every and not args.dry_run:
-            self.splits = lineval.load_splits(args.data, args.seed, dataset, args.classes != "none")
+            self.splits = lineval.load_splits(args.data, dataset, args.seed,
+                                              args.classes != "none")[:3]
 
     def is_due(self, done):
         alone_and_asked = self.stop.asked and not dist.is_initialized()
@@ -434,7 +433,8 @@ class Log:
             raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
                             f"if any, is kept; try a lower --lr, a longer --warmup-epochs, or "
                             f"--amp off")
-        numbers["spread"] = spread_of(torch.cat(keys))
+        deviation = torch.cat(keys).double().std(0).mean().item()
+        numbers["spread"] = deviation * math.sqrt(self.args.dim)     # 1: everywhere, 0: all alike
         if numbers["known"]:
             numbers["same_class"] = numbers["same"] / numbers["known"]
             numbers["same_class_chance"] = self.args.same_class_chance
@@ -455,7 +455,7 @@ class Log:
         began = time.perf_counter()
         average_buffers(self.encoder)
         self.encoder.eval()
-        found = lineval.measure_online(self.encoder, self.splits, args.image_size, args.seed,
+        found = lineval.measure_online(self.encoder, *self.splits, args.image_size, args.seed,
                                        device=self.device, workers=args.workers)
         self.encoder.train()
         self.batches.start += time.perf_counter() - began            # images/s is of training
@@ -464,8 +464,7 @@ class Log:
     def write(self, done, numbers):
         args, batches = self.args, self.batches
         step, seconds = done - 1, batches.seconds()
-        row = {name: value for name, value in numbers.items() if name in COLUMNS}
-        row |= dict(
+        row = numbers | dict(
             epoch=step // self.per_epoch + 1, step=done, chance=math.log(1 + args.queue_size),
             smoothing=smoothing_at(step, self.per_epoch, args),
             lr=lr_at(step, self.per_epoch, args),
@@ -491,17 +490,12 @@ class Log:
         path = self.run / "log.csv"
         with data.writing(path):
             with open(path, "a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 if file.tell() == 0:
                     writer.writeheader()
                 writer.writerow(row)
         if "knn_backbone" in row or "own_view" in row:
             draw_curve(path, self.run / "curve.png")
-
-
-def spread_of(z):
-    """1 where unit rows z (N, D) point everywhere, 0 where all are alike."""
-    return z.double().std(0).mean().item() * math.sqrt(z.shape[1])
 
 
 def report_dry_run(args, batches, total_steps):
@@ -532,8 +526,9 @@ MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every
 def default_run(args, typed, dataset):
     """runs/DATA-ARCH-RECIPE-SEED, and the settings that were typed."""
     name = f"{dataset.name}-{args.arch}-{args.recipe}-{args.seed}"
+    default = vars(read_args([]))
     for setting in (*MOCO_V2, "image_size", "amp", "init", "classes"):
-        if typed[setting] not in (None, DEFAULTS.get(setting)):
+        if typed[setting] != default[setting]:
             value = "_".join(map(str, typed[setting] if setting == "jitter" else [typed[setting]]))
             name += f"-{setting}{Path(value).name}"
     return Path("runs") / name[:200]
@@ -580,7 +575,6 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
     scaler.load_state_dict(checkpoint["scaler"])
     queue.keys.copy_(checkpoint["queue"]["keys"])
     queue.index.copy_(checkpoint["queue"]["index"])
-    queue.pointer = checkpoint["queue"]["pointer"]
     log = run / "log.csv"
     if data.is_first() and log.exists():       # what came after the checkpoint comes again
         os.truncate(log, min(checkpoint["log_bytes"], log.stat().st_size))
@@ -600,13 +594,10 @@ def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
                         f"if any, is kept; try a lower --lr or --amp off")
     backbone = {name: value.cpu() for name, value in encoder.backbone.state_dict().items()}
     write(run / "backbone.pt", serialize(backbone))
-    log = run / "log.csv"
-    if log.exists():
-        flush(log)
     state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
                  key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict(), log_bytes=log.stat().st_size if log.exists() else 0,
-                 queue=dict(keys=queue.keys, index=queue.index, pointer=queue.pointer))
+                 scaler=scaler.state_dict(), log_bytes=(run / "log.csv").stat().st_size,
+                 queue=dict(keys=queue.keys, index=queue.index))
     write(run / "last.pt", serialize(state))
 
 
@@ -620,24 +611,11 @@ def write(path, content):
     """Write beside `path`, flush to the disk, rename: `path` is the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
     with data.writing(path):
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-            flush(beside)
-            os.replace(beside, path)
-            if os.name == "posix":
-                flush(path.parent)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
-
-
-def flush(path):
-    """See that a file, or a folder's list of files, has reached the disk."""
-    # Windows flushes only what is open for writing; a folder nobody can open so.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
 
 
 # ------------------------------------------------- settings
@@ -668,21 +646,17 @@ def read_args(argv=None):
     add("--log-every", type=int, default=20, metavar="STEPS")
     add("--save-minutes", type=float, default=15, help="save inside long epochs too, so often")
     add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often (0: never)")
+    special = {
+        "symmetric": dict(action=argparse.BooleanOptionalAction),
+        "smoothing_schedule": dict(choices=("constant", "cosine")),
+        "weighting": dict(choices=WEIGHTINGS),
+        "hidden_dim": dict(type=int),
+        "jitter": dict(type=float, nargs=4, metavar=("B", "C", "S", "H")),
+    }
     for name, value in MOCO_V2.items():
-        flag = "--" + name.replace("_", "-")
         columns = "recipes: " + " | ".join(str(recipe[name]) for recipe in RECIPES.values())
-        if name == "symmetric":
-            add(flag, action=argparse.BooleanOptionalAction, help=columns)
-        elif name == "jitter":
-            add(flag, type=float, nargs=4, metavar=("B", "C", "S", "H"), help=columns)
-        elif name == "weighting":
-            add(flag, choices=WEIGHTINGS, help=columns)
-        elif name == "smoothing_schedule":
-            add(flag, choices=("constant", "cosine"), help=columns)
-        elif name == "hidden_dim":
-            add(flag, type=width, help=columns)
-        else:
-            add(flag, type=type(value), help=columns)
+        options = special.get(name, dict(type=type(value)))
+        add("--" + name.replace("_", "-"), help=columns, **options)
     return parser.parse_args(argv)
 
 
@@ -708,22 +682,15 @@ def resolve(args, dataset):
     known = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
-    args.dataset = dataset.fingerprint
+    args.dataset = dataset.fingerprint()
 
 
-def hidden_width(text, arch):
-    """"2x" -> twice the feature's width; "2048" -> 2048."""
-    if not text.endswith("x"):
-        return int(text)
+def hidden_width(hidden_dim, arch):
+    """"2x" -> twice the feature's width; 2048 -> 2048."""
+    if isinstance(hidden_dim, int):
+        return hidden_dim
     with torch.device("meta"):
-        return round(float(text[:-1]) * ARCHS[arch]().feature_dim)
-
-
-def width(text):
-    """For argparse: what hidden_width reads, as it is, or ValueError."""
-    number = float if text.endswith("x") else int
-    number(text.removesuffix("x"))
-    return text
+        return int(hidden_dim.removesuffix("x")) * ARCHS[arch]().feature_dim
 
 
 def resolve_amp(amp):
@@ -752,34 +719,36 @@ def check(args, images, world):
         value = getattr(args, name)
         if not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} {value}: must lie in [{least}, {most}]")
-    if not (min(args.jitter) >= 0 and max(args.jitter[:3]) < math.inf and args.jitter[3] <= 0.5):
-        raise UserError(f"--jitter {args.jitter}: must not be negative, its hue at most 0.5")
     batch, splits = args.batch_size, args.bn_splits
-    if images < batch:
-        raise UserError(f"{args.data} has {images} images, fewer than one batch of {batch}: pass a "
-                        f"smaller --batch-size, or add images")
-    if splits % world:
-        raise UserError(f"--bn-splits {splits} cannot be shared by {world} processes: start a "
-                        f"number that divides it, or pass --bn-splits {world}, which changes the "
-                        f"method")
-    if batch % splits or batch < 2 * splits:
-        raise UserError(f"--batch-size {batch} is not --bn-splits {splits} equal slices of at "
-                        f"least 2 images: pass a multiple of {splits} from {2 * splits} on")
     keys = images // batch * batch * (2 if args.symmetric else 1)
-    if args.queue_size >= keys:
-        raise UserError(f"--queue-size {args.queue_size} holds a whole epoch's {keys} keys, so a "
-                        f"query would meet its own old keys: pass --queue-size {keys // 8} or less")
-    if args.neighbors > args.queue_size:
-        raise UserError(f"--neighbors {args.neighbors}: must be at most the queue's "
-                        f"{args.queue_size}")
-    if args.weighting == "tiered" and args.neighbors not in TIERS:
-        raise UserError(f"--neighbors {args.neighbors}: tiered is defined for "
-                        f"{', '.join(map(str, TIERS))}")
-    if args.warmup_epochs >= args.epochs and args.warmup_epochs:
-        raise UserError(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs "
-                        f"{args.epochs}: pass a smaller number")
-    if args.amp == "fp16" and not torch.cuda.is_available():
-        raise UserError("--amp fp16 needs a GPU: pass --amp off")
+    conditions = (
+        (min(args.jitter) >= 0 and max(args.jitter[:3]) < math.inf and args.jitter[3] <= 0.5,
+         f"--jitter {args.jitter}: must not be negative, its hue at most 0.5"),
+        (images >= batch,
+         f"{args.data} has {images} images, fewer than one batch of {batch}: pass a smaller "
+         f"--batch-size, or add images"),
+        (splits % world == 0,
+         f"--bn-splits {splits} cannot be shared by {world} processes: start a number that divides "
+         f"it, or pass --bn-splits {world}, which changes the method"),
+        (batch % splits == 0 and batch >= 2 * splits,
+         f"--batch-size {batch} is not --bn-splits {splits} equal slices of at least 2 images: "
+         f"pass a multiple of {splits} from {2 * splits} on"),
+        (args.queue_size < keys,
+         f"--queue-size {args.queue_size} holds a whole epoch's {keys} keys, so a query would meet "
+         f"its own old keys: pass --queue-size {keys // 8} or less"),
+        (args.neighbors <= args.queue_size,
+         f"--neighbors {args.neighbors}: must be at most the queue's {args.queue_size}"),
+        (args.weighting != "tiered" or args.neighbors in TIERS,
+         f"--neighbors {args.neighbors}: tiered is defined for {', '.join(map(str, TIERS))}"),
+        (args.warmup_epochs < args.epochs,
+         f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}: pass a "
+         f"smaller number"),
+        (args.amp != "fp16" or torch.cuda.is_available(),
+         "--amp fp16 needs a GPU: pass --amp off"),
+    )
+    for holds, otherwise in conditions:
+        if not holds:
+            raise UserError(otherwise)
 
 
 def announce(args, typed, dataset, world, device, run, first_step, total_steps):
@@ -799,8 +768,6 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
         if now != value:
             why = "typed" if typed[name] is not None else f"for {len(dataset)} images"
             say(f"  {name:14s} {now} instead of {value}, {why}")
-    if torch.backends.mps.is_available():
-        say("Apple's GPU is not used: nobody has tried this program on it")
     if first_step:
         say(f"continuing {run} after step {first_step} of {total_steps}")
 
@@ -848,9 +815,6 @@ def keep_freed_memory():
     mallopt(m_top_pad, 2 ** 28)
 
 
-DEFAULTS = vars(read_args([]))
-
-
 def main(argv=None):
     """`pretrain` with the command line -> exit code."""
     args = read_args(argv)
@@ -866,8 +830,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")                # file names may be anything
-    try:
-        raise SystemExit(main())
-    except UserError as user_error:
-        data.exit_with(user_error)
+    data.run_main(main)

@@ -132,7 +132,7 @@ def test_without_smoothing_it_is_cross_entropy():
 
 
 def test_even_smoothing_is_label_smoothing():
-    """torch smooths over all 1 + K choices, we over the K negatives: s here is s K / (1 + K)."""
+    """torch smooths over all 1 + K choices, we over the K negatives: our s is its K / (1 + K)."""
     q, k, queue = unit_rows(7, 16, seed=1), unit_rows(7, 16, seed=2), unit_rows(300, 16, seed=3)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.1
     expected = F.cross_entropy(logits, torch.zeros(7, dtype=torch.long), label_smoothing=0.2)

@@ -92,10 +92,7 @@ def one_line_error(result, *words):
 def error_of(main, argv, capsys):
     """Call a script's main as its last lines do, without starting a process -> its one error line (exit code 2)."""
     with pytest.raises(SystemExit) as stopped:
-        try:
-            main([str(a) for a in argv])
-        except data.UserError as error:
-            data.exit_with(error)
+        data.run_main(lambda: main([str(a) for a in argv]))
     line = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and line.startswith("error: ") and "\n" not in line, line
     return line

@@ -235,13 +235,13 @@ def test_never_more_than_two_full_size_pictures_are_alive(split, monkeypatch, vi
 
     monkeypatch.setattr(data, "read_image", counted)
     views = view(load_dataset(str(split), "train"), 24)
-    batch = [(0, i) for i in range(8)] if view is TwoViews else list(range(8))
+    batch = [(0, i) for i in range(8)]
     loaded = list(data.iterate(views, [batch], 0, 8))
     assert len(loaded) == 1 and len(most) == 8 and max(most) <= 2
 
 
 def first_batch(views, workers=1, batch_size=2):
-    return next(data.iterate(views, [[0, 1]], workers, batch_size))
+    return next(data.iterate(views, [[(0, 0), (0, 1)]], workers, batch_size))
 
 
 def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
@@ -272,7 +272,7 @@ def colours(pictures):
 def test_shapes_are_reproducible_and_colour_does_not_give_the_class():
     train, val = load_dataset("shapes", "train"), load_dataset("shapes", "val")
     assert len(train) >= 4000 and len(train.classes) >= 10
-    assert train.fingerprint == load_dataset("shapes", "train").fingerprint != val.fingerprint
+    assert train.fingerprint() == load_dataset("shapes", "train").fingerprint() != val.fingerprint()
     x, val_x = colours(train.pictures), colours(val.pictures)
     centroids = [x[train.labels == label].mean(0) for label in range(len(train.classes))]
     nearest = torch.cdist(val_x, torch.stack(centroids)).argmin(1)
@@ -315,7 +315,7 @@ def test_what_unpackers_leave_and_links_back_change_nothing(tmp_path):
     (tmp_path / "near").symlink_to(root)
     for path in (root, tmp_path / "near"):
         now = load_dataset(str(path), "train")
-        assert now.classes == before.classes and now.fingerprint == before.fingerprint
+        assert now.classes == before.classes and now.fingerprint() == before.fingerprint()
         assert torch.equal(now.labels, before.labels) and not now.left_out
     (root / "train" / "a" / "aside").symlink_to(root / "train" / "b")     # not back: a folder
     assert len(load_dataset(str(root), "train")) == 12 + 4
@@ -475,7 +475,7 @@ def test_a_dataset_without_its_unreadable_files(tree):
     assert dataset.path(index).endswith("004.png") and "004.png" in str(error)
     good = dataset.without([index])
     assert len(good) == 11 and good.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 4
-    assert good.fingerprint != dataset.fingerprint and not data.find_unreadable(good)
+    assert good.fingerprint() != dataset.fingerprint() and not data.find_unreadable(good)
 
 
 # ------------------------------------------------- data.py PATH
@@ -513,7 +513,7 @@ def test_data_py_without_a_dataset_says_what_to_pass(tmp_path):
 
 def test_evaluation_view():
     image = random_picture(300, 400)
-    [view], params, index = CenterView([(image, 4)], 224)[0]
+    [view], params, index = CenterView([(image, 4)], 224)[0, 0]
     expected = TF.center_crop(TF.resize(image, [256], antialias=True), [224, 224])
     assert torch.equal(view, expected) and index == 0
     expected = T.normalize(view.float() / 255, data.MEAN, data.STD)
@@ -521,5 +521,5 @@ def test_evaluation_view():
     pillow = Image.fromarray(image.permute(1, 2, 0).numpy())              # as the papers' code
     pillow = np.array(T.center_crop(T.resize(pillow, 256), 224))
     assert (view.int() - torch.from_numpy(pillow).permute(2, 0, 1).int()).abs().max() <= 1
-    [small], _, _ = CenterView([(image, 4)], 32)[0]
+    [small], _, _ = CenterView([(image, 4)], 32)[0, 0]
     assert torch.equal(small, TF.resize(image, [32, 32], antialias=True))

@@ -239,7 +239,7 @@ def trace_steps(argv, world):
     dataset = data.draw_shapes(max(512, steps * args.batch_size), seed=0)
     data.load_dataset = lambda *_: dataset
     pretrain.start_processes = lambda: (0, world)
-    pretrain.own_device = lambda: GPU
+    data.own_device = lambda: GPU
     pretrain.report_dry_run = lambda *_: None               # the speed of nothing
 
     class FewBatches(pretrain.Batches):

@@ -120,26 +120,22 @@ class MeanColour(torch.nn.Module):
 
 @pytest.fixture
 def colours():
-    """60 pictures whose class is told by any crop, as splits."""
+    """60 pictures whose class is told by any crop."""
     labels = torch.arange(60) % 3
     pictures = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
     noise = torch.randint(99, 255, (60, 32, 32), generator=torch.Generator().manual_seed(0))
     pictures[torch.arange(60), labels] = noise.byte()
-    dataset = data.Images("colours", pictures, labels, ["r", "g", "b"])
-    rows = torch.arange(60)
-    return lineval.SimpleNamespace(train=dataset, train_rows=rows, val=dataset, val_rows=rows,
-                                   names=dataset.classes)
+    return data.Images("colours", pictures, labels, ["r", "g", "b"])
 
 
 @pytest.mark.parametrize("frozen", (True, False))
 def test_training_on_crops(colours, monkeypatch, frozen):
     net, seen, augment = MeanColour(), [], data.augment
     monkeypatch.setattr(data, "augment", lambda *views: seen.append(augment(*views)) or seen[-1])
-    rows, before = torch.arange(0, 60, 2), [value.clone() for value in net.parameters()]
-    judged = colours.val, torch.arange(1, 60, 2)
-    found = lineval.train_on_crops(net, colours, rows, judged, 32, frozen=frozen, lr=1, epochs=8)
-    assert found == 1
-    assert len(seen) == 8 * 2 + 1 and not torch.equal(seen[0], seen[2])   # new crops an epoch
+    before = [value.clone() for value in net.parameters()]
+    train, val = (colours.select(torch.arange(first, 60, 2)) for first in (0, 1))
+    assert lineval.train_on_crops(net, train, val, 32, frozen=frozen, lr=1, epochs=8) == 1
+    assert len(seen) == 8 + 1 and not torch.equal(seen[0], seen[1])   # new crops an epoch
     assert all(torch.equal(*pair) for pair in zip(net.parameters(), before))
 
 
@@ -147,23 +143,22 @@ def test_fine_tuning_trains_the_network_and_the_probe_does_not(colours, monkeypa
     nets = []
     monkeypatch.setattr(lineval.copy, "deepcopy", lambda net: nets.append(MeanColour()) or nets[-1])
     for frozen in (True, False):
-        lineval.train_on_crops(None, colours, torch.arange(60), (colours.val, torch.arange(9)), 32,
-                               frozen=frozen, lr=1, epochs=4)
+        lineval.train_on_crops(None, colours, colours, 32, frozen=frozen, lr=1, epochs=4)
         assert torch.equal(nets[-1].turn.data, torch.eye(3)) == frozen
 
 
-def test_the_rate_of_fine_tuning_is_chosen_without_val(monkeypatch):
+def test_the_rate_of_fine_tuning_is_chosen_without_val(colours, monkeypatch):
     """A stand-in: the held-out tenth likes 0.01, val would like 0.1."""
     calls = []
 
-    def train(net, splits, rows, judged, size, *, lr, **options):
-        calls.append((len(rows), len(judged[1])))
-        return {0.1: (0.3, 0.9), 0.01: (0.8, 0.7), 0.001: (0.2, 0.1)}[lr][judged[0] == "val"]
+    def train(net, train, val, size, *, lr, **options):
+        calls.append((len(train), len(val)))
+        return {0.1: (0.3, 0.9), 0.01: (0.8, 0.7), 0.001: (0.2, 0.1)}[lr][val is colours]
 
     monkeypatch.setattr(lineval, "train_on_crops", train)
-    splits = lineval.SimpleNamespace(train="train", val="val", val_rows=torch.arange(7))
-    assert lineval.finetune(None, splits, torch.arange(50), 32) == (0.7, 0.01)
-    assert calls == [(45, 5)] * 3 + [(50, 7)]
+    some = colours.select(torch.arange(50))
+    assert lineval.finetune(None, some, colours, 32) == (0.7, 0.01)
+    assert calls == [(45, 5)] * 3 + [(50, 60)]
 
 
 def test_some_labels_are_of_every_class_and_nested():
@@ -224,7 +219,7 @@ def test_what_is_undefined_is_left_out():
         same = lineval.representation_space(x, x, torch.arange(20) % 2)
         assert 0 <= same["intra_class"] < 1e-12 and same["own_view"] == 0
         assert not {"over_clustering", "effective_rank"} & same.keys()
-        lineval.print_table({"collapsed": same | {"val_images": 20}}, lineval.MEASURES)
+        lineval.print_table({"collapsed": same | {"val_images": 20}}, True)
         assert lineval.verdict(same, same).startswith("collapsed")
 
 
@@ -251,18 +246,17 @@ def test_verdict_on_made_cases():
 
 
 def test_features_are_the_networks_in_order(images):
-    dataset = data.load_dataset(str(images), "val")
+    dataset = data.load_dataset(str(images), "val").select(torch.tensor([7, 0, 33]))
     net = build_backbone("mobilenetv3_small", True).eval()
-    rows = [7, 0, 33]
-    [features] = lineval.extract_features(net, data.CenterView(dataset, 32), rows, batch_size=2)
+    [features] = lineval.extract_features(net, data.CenterView(dataset, 32), batch_size=2)
     views = data.TwoViews(dataset, 32)
-    of_views = lineval.extract_features(net, views, [(0, row) for row in rows], batch_size=2)
+    of_views = lineval.extract_features(net, views, batch_size=2)
     with torch.no_grad():
-        for i, row in enumerate(rows):
-            x = dataset[row][0][None].float() / 255
+        for i in range(3):
+            x = dataset[i][0][None].float() / 255
             expected = net(TF.normalize(x, data.MEAN, data.STD))[0]
             torch.testing.assert_close(features[i], expected, atol=1e-6, rtol=1e-4)
-            crops, params, _ = views[0, row]
+            crops, params, _ = views[0, i]
             for v in range(2):
                 expected = net(data.augment(crops[v:v + 1], params[v:v + 1]))[0]
                 torch.testing.assert_close(of_views[v, i], expected, atol=1e-6, rtol=1e-4)
@@ -271,7 +265,7 @@ def test_features_are_the_networks_in_order(images):
 def test_random_baseline_sees_the_datas_statistics(images):
     dataset = data.load_dataset(str(images), "train")
     net = build_backbone("resnet18", True)
-    lineval.estimate_batch_norm(net, data.CenterView(dataset, 32), torch.arange(96))
+    lineval.estimate_batch_norm(net, dataset, 32)
     batch = torch.stack([dataset[i][0] for i in range(96)]).float() / 255
     x = F.conv2d(TF.normalize(batch, data.MEAN, data.STD), net.conv1.weight, padding=1)
     torch.testing.assert_close(net.bn1.running_mean, x.mean((0, 2, 3)), atol=1e-3, rtol=1e-3)
@@ -280,22 +274,27 @@ def test_random_baseline_sees_the_datas_statistics(images):
 
 def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
     write_images(tmp_path, 60, splits=("pictures",))
+    name = str(tmp_path / "pictures")
     for classes in (True, False):
-        a, b, c = (lineval.load_splits(str(tmp_path / "pictures"), seed, classes=classes)
-                   for seed in (0, 0, 1))
-        assert bool(a.names) == classes
-        assert len(a.val_rows) == 12 and "12 of 60" in a.note
-        assert not set(a.val_rows.tolist()) & set(a.train_rows.tolist())
-        assert torch.equal(a.val_rows, b.val_rows) and not torch.equal(a.val_rows, c.val_rows)
+        whole, parts = data.load_dataset(name, "train", classes), []
+        for seed in (0, 0, 1):
+            train, val, labelled, note = lineval.load_splits(name, whole, seed, classes)
+            assert labelled == classes and len(val) == 12 and "12 of 60" in note
+            assert sorted([*train.pictures, *val.pictures]) == sorted(whole.pictures)
+            parts.append(val.pictures.tolist())
+        assert parts[0] == parts[1] != parts[2]
 
 
 def test_while_training(images):
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True).eval()
     options = dict(device=torch.device("cpu"), workers=0)
-    found = lineval.measure_online(encoder, lineval.load_splits(str(images)), 32, 0, **options)
+    whole = data.load_dataset(str(images), "train")
+    splits = lineval.load_splits(str(images), whole)[:3]
+    found = lineval.measure_online(encoder, *splits, 32, 0, **options)
     assert found.keys() == {"knn_backbone", "knn_head"} and 0 < found["knn_head"] <= 1
-    unlabelled = lineval.load_splits(str(images), classes=False)
-    found = lineval.measure_online(encoder, unlabelled, 32, 0, **options)
+    whole = data.load_dataset(str(images), "train", classes=False)
+    splits = lineval.load_splits(str(images), whole, classes=False)[:3]
+    found = lineval.measure_online(encoder, *splits, 32, 0, **options)
     assert found.keys() == {"own_view"} and 0 < found["own_view"] <= 1
 
 
@@ -312,12 +311,12 @@ def run(images, tmp_path_factory):
     torch.manual_seed(1)
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True)
     dataset = data.load_dataset(str(images), "train")
-    settings = dict(arch="mobilenetv3_small", data=str(images), dataset=dataset.fingerprint, dim=16,
+    settings = dict(arch="mobilenetv3_small", data=str(images), dataset=dataset.fingerprint(), dim=16,
                     hidden_dim=32, image_size=32, classes="folders", seed=0)
     (folder / "args.json").write_text(json.dumps(settings))
     (folder / "log.csv").write_text(LOG)
     torch.save(encoder.backbone.state_dict(), folder / "backbone.pt")
-    queue = dict(keys=F.normalize(torch.randn(32, 16), dim=1), index=torch.arange(32), pointer=0)
+    queue = dict(keys=F.normalize(torch.randn(32, 16), dim=1), index=torch.arange(32))
     torch.save(dict(settings=settings, step=40, encoder=encoder.state_dict(),
                     key_encoder=encoder.state_dict(), queue=queue), folder / "last.pt")
     return folder
@@ -328,7 +327,7 @@ def test_report_pictures_and_json(run, images, tmp_path):
     result = run_script("lineval.py", *FLAGS, cwd=tmp_path)     # the newest
     assert result.returncode == 0, result.stderr
     output, found = result.stdout, json.loads((folder / "lineval.json").read_text())
-    for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "random weights",
+    for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "random",
                   "linear probe %", "kNN %", "over-clustering", "effective rank", "own view found"):
         assert words in output, output
     share = found["pretrained"]["linear_top1"]
@@ -400,7 +399,7 @@ def test_few_labels_fine_tuning_another_network_and_the_features(run, images, tm
     train = data.load_dataset(str(images), "train")
     backbone = build_backbone("mobilenetv3_small", True).eval()
     lineval.load_weights(backbone, run / "backbone.pt")
-    [expected] = lineval.extract_features(backbone, data.CenterView(train, 32), [5])
+    [expected] = lineval.extract_features(backbone, data.CenterView(train.select(torch.tensor([5])), 32))
     torch.testing.assert_close(torch.from_numpy(there["features"][5:6]), expected, atol=1e-5, rtol=1e-4)
     assert there["paths"][5] == train.path(5) and there["labels"][5] == train.labels[5]
 
@@ -419,9 +418,9 @@ def test_frames_tell_classes(tmp_path):
     pictures = torch.full((4, 3, 32, 32), 90, dtype=torch.uint8)
     dataset = data.Images("gray", pictures, labels, ["x", "y"])
     others = torch.tensor([[2], [3], [1]])
-    lineval.draw_rows(tmp_path / "rows.png", "", dataset, torch.tensor([0, 0, 0]), dataset, others)
+    lineval.draw_rows(tmp_path / "rows.png", dataset.select(torch.tensor([0, 0, 0])), dataset, others)
     with Image.open(tmp_path / "rows.png") as image:
-        frames = [image.getpixel((168, 28 + 76 * i)) for i in range(3)]
+        frames = [image.getpixel((76, 2 + 74 * i)) for i in range(3)]
     assert frames == [lineval.BLUE, lineval.ORANGE, lineval.GRAY]
 
 
@@ -456,16 +455,12 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     one_line_error(run_script("lineval.py", "nowhere", cwd=tmp_path), "nowhere")
 
 
-def test_the_table_is_printed_whatever_happens_after(tmp_path, capsys, monkeypatch):
-    whole = report(verdict="done")
-    monkeypatch.setattr(lineval, "evaluate", lambda args, run: lineval.SimpleNamespace(
-        run=run, title="a run", networks=["random"], report={"random": whole, "data": "x", "verdict": "done"},
-        settings={"data": "x"}, splits=None, picks=None))
+def test_the_table_is_printed_whatever_happens_after(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(data.UserError, match="cannot write .*file'"):
-        lineval.main(["run", "--out", str(tmp_path / "file")])
+        lineval.main([str(run), "--out", str(tmp_path / "file"), *FLAGS])
     output = capsys.readouterr().out
-    assert "own view found %" in output and "a run: done" in output
+    assert "own view found %" in output and f"{run}: " in output
 
 
 def test_a_pickle_with_code_as_weights_runs_nothing(tmp_path):

@@ -222,8 +222,8 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, turn):
     """Turn the hue of HSV by `turn` in [-0.5, 0.5].
 
-    Along the colour circle each channel rises, stays, falls: a triangle, clipped. So it is
-    low + span * clipped triangle(hue), the closed form of HSV -> RGB.
+    Hue is an angle in sixths of the colour circle: red lies at 0, green at 2, blue at 4. A channel
+    is high within 1 of its own angle, low from 2 on, and falls linearly in between.
     """
     r, g, b = x.unbind(1)                                                 # (N, S, S) each
     low, high = x.amin(1), x.amax(1)
@@ -231,8 +231,8 @@ def adjust_hue(x, turn):
     safe = torch.where(span == 0, 1, span)
     hue = torch.where(high == r, (g - b) / safe,
                       torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = (hue + 6 * turn[:, 0]).remainder_(6)                            # sixths of the circle
-    red = (hue - 3).abs_().sub_(1).clamp_(0, 1)
+    hue = (hue + 6 * turn[:, 0]).remainder_(6)
+    red = (hue - 3).abs_().sub_(1).clamp_(0, 1)                           # 3 is red's opposite
     green = (hue - 2).abs_().neg_().add_(2).clamp_(0, 1)
     blue = (hue - 4).abs_().neg_().add_(2).clamp_(0, 1)
     return torch.stack([red, green, blue], 1).mul_(span[:, None]).add_(low[:, None])
@@ -578,6 +578,7 @@ def draw_lattices(labels, draws):
         distance, _ = signed_distances(u, v)[SHAPES[label]]
         pixels = distance * TILE / 2 * radius                             # the edge: 1 px soft
         ink[mine] = (0.5 - pixels).clamp(0, 1)
+    # (n, tile's row, its column, pixel's row, its column): all that makes a picture's row adjacent.
     rows = ink.view(n, TILES, TILES, TILE, TILE).transpose(2, 3)
     picture = 0.3 + 0.4 * rows.reshape(n, 1, TILES * TILE, TILES * TILE)
     return (255 * picture).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()

@@ -189,11 +189,10 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         say(f"linear probe: fitted to {len(order):,} of {len(train_x):,} images, to save memory")
     x, y = train_x[order].to(device), train_y[order].to(device)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
-    # Constant features become 0, as 1 / sqrt(inf). Relative, since a random network's features
-    # can be tiny.
-    var = torch.where(var > 1e-12 * var.max(), var, torch.inf)
-    mean, scale = mean.float(), (var * x.shape[1]).rsqrt().float()
-    x = (x - mean) * scale
+    constant = var <= 1e-12 * var.max()        # relative: a random network's features can be tiny
+    var[constant] = torch.inf                  # so that they become 0
+    mean, scale = mean.float(), (var * x.shape[1]).sqrt().float()
+    x = (x - mean) / scale
     classes = int(max(train_y.max(), val_y.max())) + 1
 
     judge = max(1, len(x) // 10)
@@ -203,7 +202,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)
     weight, bias = fit_softmax(x, y, classes, decay)
-    scores = ((val_x.to(device) - mean) * scale) @ weight + bias
+    scores = (val_x.to(device) - mean) / scale @ weight + bias
     return dict(top1=accuracy(scores.argmax(1).cpu(), val_y), weight_decay=decay,
                 held_out=held_out[decay], rows=len(x))
 
@@ -497,7 +496,8 @@ def verdict(trained, random, log=()):
     if "linear_top1" in trained:
         names = ["linear_top1"]
     if not any(better(name) for name in names):
-        return f"no better than random: {MEASURES[names[0]][0][:-2]} is within two standard errors"
+        title, _ = MEASURES[names[0]]
+        return f"no better than random: {title.rstrip(' %')} is within two standard errors"
     history = [row[name] for row in log for name in ("knn_backbone", "own_view") if name in row]
     if len(history) < 3:
         return "learnt something: clearly better than random"

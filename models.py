@@ -453,10 +453,10 @@ class NarrowDepthwise(torch.autograd.Function):
         k = weight.shape[2]
         for_x = torch.nn.grad.conv2d_input(x.shape, weight, gradient, padding=k // 2, groups=c)
         pairs = torch.einsum("nci,nco->cio", x.flatten(2), gradient.flatten(2))   # (C, HW, HW)
-        # Images with a single 1 show which tap connects which input and output position.
+        # Images with a single 1 show which tap t connects input position i with output position o.
         units = torch.eye(h * w, dtype=x.dtype).view(-1, 1, h, w)
-        taps = F.unfold(units, k, padding=k // 2)             # (HW, k * k, HW), ones and zeros
-        sums = torch.einsum("cio,ito->ct", pairs, taps)       # t: the tap
+        taps = F.unfold(units, k, padding=k // 2)             # (i, t, o): 1 where it does, else 0
+        sums = torch.einsum("cio,ito->ct", pairs, taps)
         # With the strides of the weight, or DistributedDataParallel warns.
         for_weight = torch.empty_like(weight).copy_(sums.view_as(weight))
         return for_x, for_weight

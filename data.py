@@ -325,6 +325,8 @@ class Images:
 
     def without(self, rows):
         """The dataset less a list of rows, which cannot be read."""
+        if not rows:
+            return self
         keep = torch.ones(len(self), dtype=torch.bool)
         keep[rows] = False
         if not keep.any():

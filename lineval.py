@@ -297,7 +297,9 @@ def mean_distance(x):
 
 def class_distances(x, labels):
     """intra_class: mean |x_i - x_j|^2 within a class, the mean over classes; inter_class: the
-    mean over pairs of different classes; over_clustering: their ratio. x (N, F) unit rows."""
+    mean over pairs of different classes; over_clustering: their ratio. x (N, F) unit rows; those
+    without a label, -1, do not count."""
+    x, labels = x[labels >= 0], labels[labels >= 0]
     groups = [x[labels == c] for c in labels.unique()]
     within = [(len(group) * (len(group) - 1), mean_distance(group))      # pairs, their mean
               for group in groups if len(group) > 1]
@@ -316,8 +318,8 @@ def class_distances(x, labels):
 
 
 def uniformity(x):
-    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242), of about 5,000 rows
-    if there are more."""
+    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242). Of more than 5,000
+    rows every second is used, or every third, and so on."""
     x = x[::math.ceil(len(x) / 5000)]
     return torch.pdist(x).square().mul(-2).exp().mean().log().item()
 
@@ -352,8 +354,8 @@ HELD_OUT = 0.2            # share of a dataset without a val split that is kept 
 
 
 def load_splits(name, train, seed=0, classes=True):
-    """`train`: that split of dataset `name` -> the datasets train and val, of the images with a
-    label; whether they have labels; a note.
+    """`train`: that split of dataset `name` -> (train, val, labelled, note): both splits, less the
+    images without a label if `labelled`, and what to tell the user.
 
     With fewer than two classes there are no labels, and all images stay. Without a val split a
     keyed fifth of train is held out. Raises UserError for fewer than two images.
@@ -693,9 +695,10 @@ def draw_soft_positives(path, state, dataset, seed):
 
 # ------------------------------------------------- one run after the other
 
-def evaluate(args, run):
-    """Measure a run's network and its random twin: print a table, write report and pictures into
-    the run's folder, NAME-OTHER-key.* beside those of the run -> {network: its measures}."""
+def evaluate(args, run, measured):
+    """Measure a run's network and its random twin: print a table, append (title, {network: its
+    report}) to `measured`, write report and pictures into the run's folder. With --data OTHER or
+    the key encoder their names end in -OTHER, -key."""
     settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
     log = []
     if run:
@@ -739,19 +742,20 @@ def evaluate(args, run):
                   train_images=len(train))
     features = {}
     for network, net in nets.items():
-        train_x = None                         # the last network's make room
+        train_x = None                         # those of the network before need the memory
         report[network], train_x, features[network] = measure(
             net, train, val, labelled, args, size, f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
     networks = {network: report[network] for network in nets}
     print_table(networks, args.all)
     say(f"{title}: {report['verdict']}")
+    measured.append((title, networks))
 
     # From here on files: the report stands already, whatever the disk says.
     if args.features:
         write_features(args.features, train, val, train_x, features["pretrained"])
     if not (run or args.out):
-        return networks
+        return
     folder = Path(args.out or run)
     end = "" if name == settings["data"] else f"-{train.name}"
     end += "-key" if args.encoder == "key" else ""
@@ -773,7 +777,6 @@ def evaluate(args, run):
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
                             args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures")
-    return networks
 
 
 def read_flags(argv):
@@ -826,13 +829,20 @@ def main(argv=None):
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
-    results = [evaluate(args, run) for run in runs]
-    if len(runs) > 1:
+    measured, refused = [], None
+    for run in runs:
+        try:
+            evaluate(args, run, measured)
+        except UserError as error:             # the others can still be compared
+            refused = error
+    if len(measured) > 1:
         columns = {}
-        for number, (run, networks) in enumerate(zip(runs, results), 1):
-            say(f"{number}: {run}")
+        for number, (title, networks) in enumerate(measured, 1):
+            say(f"{number}: {title}")
             columns |= {f"{network} {number}": report for network, report in networks.items()}
         print_table(columns, args.all)
+    if refused:
+        raise refused
 
 
 if __name__ == "__main__":

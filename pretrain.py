@@ -59,7 +59,7 @@ MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
     queue_size=65536,
     key_momentum=0.999,     # share of the old key encoder that a step keeps
     dim=128,                # of the embedding
-    hidden_dim="1x",        # of the projection head; 2x: twice the feature's width
+    hidden_dim="1x",        # width of the projection head; 2x: twice the feature's
     min_scale=0.2,          # least share of the image in a crop
     jitter=[0.4, 0.4, 0.4, 0.1],     # brightness, contrast, saturation, hue
     jitter_p=0.8,
@@ -75,9 +75,9 @@ RECIPES = {
                             jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
     # [Light]: direction, temperature, lr, warm-up and head from the only settings string in its
     # code, a baseline without smoothing; batch and epochs are that code's defaults. Its loss is
-    # the sum of both directions, at lr 0.12 for 512 images, with decay 1e-4. For our loss, their
-    # mean, that is lr 0.24 for 512 and decay 5e-5. Weight and neighbours of the smoothing are
-    # ours: the code does not say which gave the paper's numbers.
+    # the sum of both directions, with lr 0.12 for 512 images and decay 1e-4. Our loss is the mean,
+    # half of that: so lr 0.24 for 512, 0.12 for 256, and half the decay. Weight and neighbours of
+    # the smoothing are ours: the code does not say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
                             temperature=0.1, hidden_dim=2048, batch_size=512,
                             smoothing=0.1, neighbors=20),
@@ -114,7 +114,8 @@ def scale_to(images, args):
     memory = min(1000, max(2, math.sqrt(steps)))
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
-    age = min(max(1, memory / 10), per_epoch / 2)        # few queries shall meet their own old keys
+    # At most half an epoch, so that few queries meet old keys of their own image.
+    age = min(max(1, memory / 10), per_epoch / 2)
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
     while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in [Light]
@@ -137,7 +138,7 @@ class KeyQueue:
 
     @torch.no_grad()
     def enqueue(self, keys, index):
-        """Overwrite the oldest: keys (B, D), index (B,); of more than `size` the last stay."""
+        """Append keys (B, D) of images index (B,), and drop the oldest."""
         size = len(self.keys)
         self.keys = torch.cat([self.keys, keys])[-size:]
         self.index = torch.cat([self.index, index])[-size:]
@@ -584,7 +585,7 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
 def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     """Write backbone.pt and last.pt, which has all there is to continue from after `done` steps.
 
-    last.pt comes after backbone.pt and the log, so that it never promises what is not there.
+    last.pt is written after backbone.pt and the log, so that it promises nothing to come.
     """
     average_buffers(encoder, key_encoder)
     if not data.is_first():
@@ -597,7 +598,8 @@ def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
                  key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
                  scaler=scaler.state_dict(), log_bytes=(run / "log.csv").stat().st_size,
-                 queue=dict(keys=queue.keys, index=queue.index))
+                 # A copy: torch.save would write all of the tensor that a part belongs to.
+                 queue=dict(keys=queue.keys.clone(), index=queue.index.clone()))
     write(run / "last.pt", serialize(state))
 
 
@@ -650,7 +652,7 @@ def read_args(argv=None):
         "symmetric": dict(action=argparse.BooleanOptionalAction),
         "smoothing_schedule": dict(choices=("constant", "cosine")),
         "weighting": dict(choices=WEIGHTINGS),
-        "hidden_dim": dict(type=int),
+        "hidden_dim": dict(type=width),
         "jitter": dict(type=float, nargs=4, metavar=("B", "C", "S", "H")),
     }
     for name, value in MOCO_V2.items():
@@ -683,6 +685,12 @@ def resolve(args, dataset):
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
     args.dataset = dataset.fingerprint()
+
+
+def width(text):
+    """For argparse: 2048, or 2x."""
+    number = int(text.removesuffix("x"))
+    return text if text.endswith("x") else number
 
 
 def hidden_width(hidden_dim, arch):

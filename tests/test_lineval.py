@@ -327,9 +327,10 @@ def test_report_pictures_and_json(run, images, tmp_path):
     result = run_script("lineval.py", *FLAGS, cwd=tmp_path)     # the newest
     assert result.returncode == 0, result.stderr
     output, found = result.stdout, json.loads((folder / "lineval.json").read_text())
-    for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "random",
-                  "linear probe %", "kNN %", "over-clustering", "effective rank", "own view found"):
+    for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "linear probe %",
+                  "kNN %", "over-clustering", "effective rank", "own view found"):
         assert words in output, output
+    assert ["random", "pretrained"] in [line.split() for line in output.splitlines()]
     share = found["pretrained"]["linear_top1"]
     assert f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / 96):.1f}" in output
     assert output.index("linear probe %") < output.index("written into")
@@ -460,7 +461,14 @@ def test_the_table_is_printed_whatever_happens_after(run, tmp_path, capsys):
     with pytest.raises(data.UserError, match="cannot write .*file'"):
         lineval.main([str(run), "--out", str(tmp_path / "file"), *FLAGS])
     output = capsys.readouterr().out
-    assert "own view found %" in output and f"{run}: " in output
+    assert "own view found %" in output
+    assert output.count(f"{run}: ") == 2                        # head line and verdict
+
+
+def test_a_run_that_fails_does_not_cost_the_comparison(run, tmp_path, capsys):
+    with pytest.raises(data.UserError, match="no run of|not a run of"):
+        lineval.main([str(tmp_path), str(run), str(run), *FLAGS])
+    assert "pretrained 2" in capsys.readouterr().out
 
 
 def test_a_pickle_with_code_as_weights_runs_nothing(tmp_path):

@@ -26,6 +26,7 @@ def test_queue_holds_the_last_keys_for_any_batch_size():
         history += list(zip(index.tolist(), keys))
         newest = dict(history[-10:])
         held = {int(i): k for i, k in zip(queue.index, queue.keys) if i >= 0}
+        assert list(held) == list(newest)                           # the oldest first
         assert held.keys() == newest.keys() and all(torch.equal(held[i], newest[i]) for i in held)
 
 
@@ -264,6 +265,7 @@ def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, c
     (["--epochs", "x"], ["epochs"]),
     (["--dim", "1000000000"], ["--dim 1000000000"]),
     (["--hidden-dim", "1e9x"], ["--hidden-dim"]),
+    (["--hidden-dim", "1000000"], ["--hidden-dim 1000000"]),
     (["--queue-size", "1000000000000"], ["--queue-size 1000000000000"]),
     (["--workers", "1000000"], ["--workers 1000000"]),
     (["--image-size", "0"], ["--image-size 0"]),

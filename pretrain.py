@@ -90,9 +90,9 @@ def scale_to(images, args):
 
     The key encoder remembers 1 / (1 - momentum) steps. A long memory makes keys that agree, but
     lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: it
-    remembers the square root of the run's steps. (MoCo's 0.999 is that for a million.) The queue's
-    keys are at most a tenth of this memory old, so that they agree. A run of 10,000 steps remembers
-    100, momentum 0.99, and its queue holds the keys of 10 steps.
+    remembers a hundredth of the run's steps, at most MoCo's 1000. The queue's keys are at most a
+    tenth of this memory old, so that they agree, or two steps. A run of 10,000 steps remembers 100,
+    momentum 0.99, and its queue holds the keys of 10 steps.
 
     Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
     of a small slice is a poor estimate. No smoothing: in short runs it has helped nothing.
@@ -111,11 +111,11 @@ def scale_to(images, args):
     batch_size = args.batch_size or scale["batch_size"]
     per_epoch = max(1, images // batch_size)
     steps = (args.epochs or scale["epochs"]) * per_epoch
-    memory = min(1000, max(2, math.sqrt(steps)))
+    memory = min(1000, max(2, steps / 100))
     symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
     # At most half an epoch, so that few queries meet old keys of their own image.
-    age = min(max(1, memory / 10), per_epoch / 2)
+    age = min(max(2, memory / 10), per_epoch / 2)
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
     while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in [Light]

@@ -71,13 +71,16 @@ def test_smoothing_may_ramp_up_over_the_whole_run():
 
 
 def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
-    """Memory of the key encoder: the square root of the steps; age of the queue: a tenth."""
+    """Memory of the key encoder: a hundredth of the steps; age of the queue: a tenth of that."""
     typed = pretrain.read_args(["--data", "x", "--batch-size", "100", "--epochs", "100"])
     scale = pretrain.scale_to(10_000, typed)                      # 10,000 steps, 200 keys each
     assert scale["key_momentum"] == 0.99 and scale["queue_size"] == 2000
-    typed.epochs = 1                                              # 100 steps
+    typed.epochs = 10                                             # 1,000 steps
     scale = pretrain.scale_to(10_000, typed)
-    assert scale["key_momentum"] == 0.9 and scale["queue_size"] == 200
+    assert scale["key_momentum"] == 0.9 and scale["queue_size"] == 400        # two steps at least
+    typed.epochs = 10_000
+    scale = pretrain.scale_to(10_000, typed)
+    assert scale["key_momentum"] == 0.999 and scale["queue_size"] == 10_000   # half an epoch
     assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the papers' own
 
 

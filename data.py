@@ -350,10 +350,14 @@ def load_dataset(name_or_path, split, classes=True):
     below the split; an image in none, and with classes=False every image, has label -1. `split`:
     "train" or "val". Raises UserError where nothing can be read.
     """
-    if name_or_path == "shapes":
-        return draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
-    if name_or_path in TORCHVISION:
-        return load_torchvision(name_or_path, split)
+    if name_or_path in NAMES:
+        if name_or_path in TORCHVISION:
+            dataset = load_torchvision(name_or_path, split)
+        else:
+            dataset = draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
+        if not classes:
+            dataset.labels = torch.full_like(dataset.labels, -1)
+        return dataset
     train, val = find_splits(name_or_path)
     folder = train if split == "train" else val
     if folder is None:
@@ -695,10 +699,10 @@ class Progress:
 
     def __init__(self, what, total):
         self.what, self.total, self.start = what, total, time.monotonic()
-        self.shown = self.start
+        self.shown, self.done = self.start, 0
 
     def show(self, done):
-        now = time.monotonic()
+        self.done, now = done, time.monotonic()
         if now - self.shown > 10 and done:
             self.shown = now
             left = (now - self.start) / done * (self.total - done)

@@ -110,11 +110,13 @@ def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
     """
     others = others.to(device)
     distances, rows = [], []
+    progress = data.Progress("nearest images", len(x))
     for part in x.split(max(1, most // len(others))):
         distance = torch.cdist(part.to(device), others)
         best = distance.topk(min(k, len(others)), largest=False)
         distances.append(best.values.cpu())
         rows.append(best.indices.cpu())
+        progress.show(progress.done + len(part))
     return torch.cat(distances), torch.cat(rows)
 
 
@@ -153,7 +155,7 @@ DECAYS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)        # for features of length about 1
 MOST_NUMBERS = 2 ** 28                         # N x F that a probe is fitted to: 1 GiB
 
 
-def fit_softmax(x, y, classes, decay, steps=200):
+def fit_softmax(x, y, classes, decay, steps=200, progress=None):
     """Minimise mean cross entropy + decay / 2 |weight|^2: a convex problem, so by L-BFGS.
 
     x (N, F), y (N,) -> weight (F, classes), bias (classes,).
@@ -162,10 +164,10 @@ def fit_softmax(x, y, classes, decay, steps=200):
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=20,
                                   tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-    progress = data.Progress(f"linear probe, weight decay {decay:g}, steps", steps)
 
     def closure():
-        progress.show(optimizer.state[weight].get("n_iter", 0))
+        if progress:
+            progress.show(progress.done + 1)
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
         loss.backward()
@@ -197,11 +199,13 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
 
     judge = max(1, len(x) // 10)
     held_out = {}
+    most = 200 * (1 + len(decays))             # steps of L-BFGS; easy fits end earlier
+    progress = data.Progress(f"linear probe on {len(x):,} images, steps", most)
     for decay in decays:
-        weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay)
+        weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay, progress=progress)
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
     decay = max(held_out, key=held_out.get)
-    weight, bias = fit_softmax(x, y, classes, decay)
+    weight, bias = fit_softmax(x, y, classes, decay, progress=progress)
     scores = (val_x.to(device) - mean) / scale @ weight + bias
     return dict(top1=accuracy(scores.argmax(1).cpu(), val_y), weight_decay=decay,
                 held_out=held_out[decay], rows=len(x))
@@ -499,7 +503,7 @@ def verdict(trained, random, log=()):
         names = ["linear_top1"]
     if not any(better(name) for name in names):
         title, _ = MEASURES[names[0]]
-        return f"no better than random: {title.rstrip(' %')} is within two standard errors"
+        return f"no better than random: {title.rstrip(' %')} is not two standard errors above"
     history = [row[name] for row in log for name in ("knn_backbone", "own_view") if name in row]
     if len(history) < 3:
         return "learnt something: clearly better than random"

@@ -279,6 +279,12 @@ def test_shapes_are_reproducible_and_colour_does_not_give_the_class():
     assert share(nearest == val.labels) < 2 / len(train.classes)
 
 
+def test_labels_of_the_shapes_can_be_hidden():
+    seen, hidden = load_dataset("shapes", "val"), load_dataset("shapes", "val", classes=False)
+    assert (seen.labels >= 0).all() and (hidden.labels == -1).all()
+    assert torch.equal(seen.pictures, hidden.pictures)
+
+
 def test_folders_flat_nested_and_split(split, tmp_path):
     train, val = load_dataset(str(split), "train"), load_dataset(str(split), "val")
     assert train.classes == val.classes == ["a", "b", "c"] and len(train) == len(val) == 48

@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
     """Slow tests run only where -m asks for them."""
     if not config.option.markexpr:
         for item in items:
-            if "slow" in item.keywords:
+            if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 

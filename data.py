@@ -319,7 +319,7 @@ class Images:
         return part
 
     def labelled(self):
-        """The dataset of those with a label; itself if all have one."""
+        """The dataset of the images with a label: itself if all have one."""
         known = self.labels >= 0
         return self if known.all() else self.select(known.nonzero().flatten())
 
@@ -516,7 +516,7 @@ def find_unreadable(dataset):
         for index, error in enumerate(pool.map(error_of, range(len(dataset)))):
             if error:
                 unreadable[index] = error
-            progress.show(index + 1)
+            progress.advance()
     return unreadable
 
 
@@ -701,12 +701,13 @@ class Progress:
         self.what, self.total, self.start = what, total, time.monotonic()
         self.shown, self.done = self.start, 0
 
-    def show(self, done):
-        self.done, now = done, time.monotonic()
-        if now - self.shown > 10 and done:
+    def advance(self, count=1):
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown > 10:
             self.shown = now
-            left = (now - self.start) / done * (self.total - done)
-            say(f"{self.what}: {done:,} of {self.total:,}, {left:.0f} s left")
+            left = (now - self.start) / self.done * (self.total - self.done)
+            say(f"{self.what}: {self.done:,} of {self.total:,}, {left:.0f} s left")
 
 
 @contextlib.contextmanager

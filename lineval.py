@@ -69,15 +69,14 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     items = [(0, row) for row in mine]         # of epoch 0
     batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
-    features, done = None, 0
+    features = None
     for crops, params, _ in data.iterate(views, batches, workers, batch_size):
         out = torch.stack([net(data.augment(crop.to(device), numbers))
                            for crop, numbers in zip(crops, params)], 1).cpu()       # (B, V, F)
         if features is None:                   # at once, for there may be many
             features = out.new_empty(each, *out.shape[1:])
-        features[done:done + len(out)] = out
-        done += len(out)
-        progress.show(done)
+        features[progress.done:progress.done + len(out)] = out
+        progress.advance(len(out))
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
     return features[:n].transpose(0, 1)
@@ -116,7 +115,7 @@ def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
         best = distance.topk(min(k, len(others)), largest=False)
         distances.append(best.values.cpu())
         rows.append(best.indices.cpu())
-        progress.show(progress.done + len(part))
+        progress.advance(len(part))
     return torch.cat(distances), torch.cat(rows)
 
 
@@ -167,7 +166,7 @@ def fit_softmax(x, y, classes, decay, steps=200, progress=None):
 
     def closure():
         if progress:
-            progress.show(progress.done + 1)
+            progress.advance()
         optimizer.zero_grad()
         loss = F.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
         loss.backward()
@@ -235,13 +234,13 @@ def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, dev
     batches = data.schedule(len(train), batch_size, epochs, seed)
     progress = data.Progress("steps of training", epochs * per_epoch)
     for crops, params, index in data.iterate(views, batches, workers, batch_size):
-        progress.show(decay.last_epoch)
         with torch.set_grad_enabled(not frozen):
             x = net(data.augment(crops[0].to(device), params[0]))        # (B, F)
         optimizer.zero_grad()
         F.cross_entropy(layer(x), train.labels[index].to(device)).backward()
         optimizer.step()
         decay.step()
+        progress.advance()
     [scores] = extract_features(model.eval(), CenterView(val, size), device=device,
                                 workers=workers, what="scores")
     return accuracy(scores.argmax(1), val.labels)

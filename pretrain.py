@@ -79,7 +79,7 @@ RECIPES = {
     # half of that: so lr 0.24 for 512, 0.12 for 256, and half the decay. Weight and neighbours of
     # the smoothing are ours: the code does not say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
-                            temperature=0.1, hidden_dim=2048, batch_size=512,
+                            temperature=0.1, hidden_dim="2048", batch_size=512,
                             smoothing=0.1, neighbors=20),
 }
 
@@ -613,11 +613,15 @@ def write(path, content):
     """Write beside `path`, flush to the disk, rename: `path` is the old file or the new one."""
     beside = path.with_name(path.name + ".tmp")
     with data.writing(path):
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)     # on a full disk its room is needed
+            raise
 
 
 # ------------------------------------------------- settings
@@ -687,18 +691,19 @@ def resolve(args, dataset):
     args.dataset = dataset.fingerprint()
 
 
-def width(text):
-    """For argparse: 2048, or 2x."""
-    number = int(text.removesuffix("x"))
-    return text if text.endswith("x") else number
-
-
-def hidden_width(hidden_dim, arch):
-    """"2x" -> twice the feature's width; 2048 -> 2048."""
-    if isinstance(hidden_dim, int):
-        return hidden_dim
+def hidden_width(text, arch):
+    """"2x" -> twice the feature's width; "2048" -> 2048."""
+    if not text.endswith("x"):
+        return int(text)
     with torch.device("meta"):
-        return int(hidden_dim.removesuffix("x")) * ARCHS[arch]().feature_dim
+        return round(float(text[:-1]) * ARCHS[arch]().feature_dim)
+
+
+def width(text):
+    """For argparse: what hidden_width reads, as it is, or ValueError."""
+    number = float if text.endswith("x") else int
+    number(text.removesuffix("x"))
+    return text
 
 
 def resolve_amp(amp):

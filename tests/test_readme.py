@@ -89,7 +89,7 @@ def test_the_recipes_are_those_of_the_code():
         for row, name in names.items():
             cell, value = rows[row][column], recipe[name]
             if name == "hidden_dim":
-                assert cell == str(value)
+                assert cell == value
             elif name == "jitter":
                 assert [float(number) for number in cell.split()] == value
             else:

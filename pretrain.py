@@ -90,9 +90,9 @@ def scale_to(images, args):
 
     The key encoder remembers 1 / (1 - momentum) steps. A long memory makes keys that agree, but
     lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: it
-    remembers a hundredth of the run's steps, at most MoCo's 1000. The queue's keys are at most a
-    tenth of this memory old, so that they agree, or two steps. A run of 10,000 steps remembers 100,
-    momentum 0.99, and its queue holds the keys of 10 steps.
+    remembers a hundredth of the run's steps, at most MoCo's 1000. To agree, the queue's keys are at
+    most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
+    100, momentum 0.99, and its queue holds the keys of 10 steps.
 
     Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
     of a small slice is a poor estimate. No smoothing: in short runs it has helped nothing.

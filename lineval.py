@@ -765,12 +765,13 @@ def evaluate(args, run, measured):
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
-    picks = data.permutation(len(val), data.SAMPLE, args.seed, 2)
-    x = unit(features["pretrained"][picks[:10]])
-    _, near = neighbors(x, unit(train_x), 8, device=device)
-    draw_rows(folder / f"neighbors{end}.png", val.select(picks[:10]), train, near)
+    # Five images, and the five that are nearest to a training image.
+    order = data.permutation(len(val), data.SAMPLE, args.seed, 2)
+    distance, near = neighbors(unit(features["pretrained"]), unit(train_x), 8, device=device)
+    shown = torch.cat([order[:5], distance[:, 0].argsort()[:5]])
+    draw_rows(folder / f"neighbors{end}.png", val.select(shown), train, near[shown])
     if labelled:
-        shown = picks[:2000]
+        shown = order[:2000]
         draw_map(folder / f"map{end}.png", {title: x[shown] for title, x in features.items()},
                  val.labels[shown], val.classes)
     if args.shares:
@@ -779,7 +780,8 @@ def evaluate(args, run, measured):
     if whole.fingerprint() == settings["dataset"] and (run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
                             args.seed)
-    say(f"written into {folder}: lineval{end}.json and pictures")
+    say(f"written into {folder}: lineval{end}.json and pictures; the last five rows of "
+        f"neighbors{end}.png are the likeliest duplicates")
 
 
 def read_flags(argv):

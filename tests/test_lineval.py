@@ -341,6 +341,20 @@ def test_report_pictures_and_json(run, images, tmp_path):
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20     # not blank
 
 
+def test_near_duplicates_come_last_in_the_picture(run, tmp_path):
+    """A validation image that is a training image, saved anew and brighter."""
+    where = write_images(tmp_path / "photos", 40, classes=("x", "y"))
+    source = sorted((where / "train" / "x").iterdir())[7]
+    copied = sorted((where / "val" / "y").iterdir())[4]
+    with Image.open(source) as image:
+        image.convert("RGB").point(lambda value: value + 4).save(copied, quality=80)
+    lineval.main([str(run), "--data", str(where), "--out", str(tmp_path / "out"), *FLAGS])
+    picture = TF.pil_to_tensor(Image.open(tmp_path / "out" / "neighbors-photos.png")).float()
+    rows = [picture[:, top:top + 64, 6:] for top in range(6, 740, 74)]
+    apart = [(row[:, :, :64] - row[:, :, 74:138]).abs().mean().item() for row in rows]
+    assert apart.index(min(apart)) == 5 and apart[5] < 10 < apart[4], apart
+
+
 def test_several_runs_other_data_and_the_key_encoder(run, tmp_path, capsys):
     other = write_images(tmp_path / "other", 40, classes=("x", "y"))
     before = {file.name: file.read_bytes() for file in run.iterdir()}

@@ -343,11 +343,11 @@ class Images:
         return f"{len(self)} images, {hashed}"
 
 
-def load_dataset(name_or_path, split, classes=True):
+def load_dataset(name_or_path, split, with_classes=True):
     """An `Images` of "shapes", "cifar10", "cifar100", "stl10", or of a folder of images.
 
     A folder has train/ and val/ (or test/) inside, or is any tree. The class is the first folder
-    below the split; an image in none, and with classes=False every image, has label -1. `split`:
+    below the split; an image in none, and without classes every image, has label -1. `split`:
     "train" or "val". Raises UserError where nothing can be read.
     """
     if name_or_path in NAMES:
@@ -355,7 +355,7 @@ def load_dataset(name_or_path, split, classes=True):
             dataset = load_torchvision(name_or_path, split)
         else:
             dataset = draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
-        if not classes:
+        if not with_classes:
             dataset.labels = torch.full_like(dataset.labels, -1)
         return dataset
     train, val = find_splits(name_or_path)
@@ -366,9 +366,9 @@ def load_dataset(name_or_path, split, classes=True):
     paths, left_out = find_images(folder)
     if not paths:
         raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
-    found = [class_of(path) if classes else "" for path in paths]
+    found = [class_of(path) if with_classes else "" for path in paths]
     # val's classes are numbered as train's
-    names = found if split == "train" or not classes else map(class_of, find_images(train)[0])
+    names = found if split == "train" or not with_classes else map(class_of, find_images(train)[0])
     names = sorted({*names} - {""})
     unknown = sorted({*found} - {*names, ""})
     if unknown:
@@ -518,6 +518,18 @@ def find_unreadable(dataset):
                 unreadable[index] = error
             progress.advance()
     return unreadable
+
+
+def skip_unreadable(dataset):
+    """The dataset without the files that cannot be read, which the first process looks for."""
+    found = [find_unreadable(dataset) if is_first() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    unreadable = found[0]
+    say(f"without {len(unreadable)} of {len(dataset)} files, which cannot be read")
+    for error in unreadable.values():
+        say(f"  {error}")
+    return dataset.without(list(unreadable))
 
 
 # ------------------------------------------------- shapes: a dataset that needs no file

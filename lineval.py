@@ -21,11 +21,11 @@ A network is frozen, its features are computed once, and simple readers are aske
 A number alone says little, since an untrained network already has useful features. So all stand
 beside the same network with random weights.
 
-The last five tell no class: they describe how the features lie. [Small] (arXiv 2107.14762) has own
-view found, alignment, uniformity and distances within classes. All views are made by MoCo v2's
+The last five classify nothing: they describe how the features lie. [Small] (arXiv 2107.14762) has
+own view found, alignment, uniformity and distances within classes. All views are made by MoCo v2's
 augmentations, whatever a run was trained with, so that runs compare.
 
-Labels serve the report alone, and without any it does with what is left.
+Without labels the report has what needs none.
 """
 import argparse
 import copy
@@ -51,7 +51,7 @@ from models import ARCHS, Encoder, build_backbone
 # ------------------------------------------------- features
 
 def sample(dataset, most, *key):
-    """At most `most` images of a dataset, keyed."""
+    """At most `most` images of a dataset, chosen at random, the same ones for the same key."""
     return dataset.select(data.permutation(len(dataset), data.SAMPLE, *key)[:most])
 
 
@@ -59,8 +59,8 @@ def sample(dataset, most, *key):
 def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, what="features"):
     """Outputs of `net` for each view of each image -> (V, N, F) on the CPU.
 
-    views: data.CenterView, V = 1, or data.TwoViews, 2. Several processes share the work, and all
-    get the result. The caller sets eval mode.
+    views: data.CenterView, V = 1, or data.TwoViews, 2. The processes of pretrain.py share the work,
+    and all get the result. The caller sets eval mode.
     """
     # Processes need equal parts, so some images come twice.
     n, processes = len(views.dataset), data.count_processes()
@@ -89,7 +89,8 @@ def estimate_batch_norm(net, dataset, size, seed=0, images=512, **options):
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1                                               # forget what was there
-    extract_features(net.train(), views, batch_size=images, **options)   # as one batch
+    net.train()
+    extract_features(net, views, batch_size=images, **options)           # as one batch
     for layer in layers:
         layer.momentum = 0.1
 
@@ -133,6 +134,7 @@ def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, dev
     distance, rows = neighbors(unit(val_x), unit(train_x), k, device=device)        # (V, k)
     cosine = 1 - distance ** 2 / 2                                       # of unit rows
     votes = torch.zeros(len(val_x), int(train_y.max()) + 1)
+    # Less 1, so that no vote overflows; it scales all alike.
     votes.scatter_add_(1, train_y[rows], ((cosine - 1) / temperature).exp())
     return accuracy(votes.argmax(1), val_y)
 
@@ -181,8 +183,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     weight_decay, held_out (the accuracy that chose it), rows (how many it was fitted to).
 
     Features are standardised by train's statistics and divided by sqrt(F). The weight decay is
-    chosen on a tenth of train, never on val; then all of train is fitted. Of more than
-    `MOST_NUMBERS` a keyed part of the rows is used.
+    chosen on a tenth of train, never on val; then all of train is fitted. Of equals the strongest
+    wins: with a few labels a class that tenth is a few images, and chance has a part in the choice.
+    Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
     """
     order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)
     order = order[:MOST_NUMBERS // train_x.shape[1]]
@@ -194,7 +197,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     var[constant] = torch.inf                  # so that they become 0
     mean, scale = mean.float(), (var * x.shape[1]).sqrt().float()
     x = (x - mean) / scale
-    classes = int(max(train_y.max(), val_y.max())) + 1
+    classes = int(train_y.max()) + 1
 
     judge = max(1, len(x) // 10)
     held_out = {}
@@ -212,11 +215,12 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
 
 def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, device="cpu",
                    workers=0):
-    """[Small]'s protocols: a linear layer, trained on new random crops in every epoch, on the
-    frozen network or together with it (fine-tuning). Datasets `train`, `val` -> accuracy on val.
+    """After [Small]: a linear layer, trained on new random crops in every epoch, on the frozen
+    network (as on ImageNet) or together with it (fine-tuning). Datasets `train`, `val` -> accuracy
+    on val.
 
-    Crops have at least 0.08 of the image; the rate falls to a tenth after 60 and 80 % of the
-    epochs. Not frozen: 0.2; 40 and 70 %. Batches of 256, or all images if fewer.
+    `lr` is for a batch of 256. Frozen: crops of at least 0.08 of the image, and the rate falls to a
+    tenth after 60 and after 80 % of the epochs. Fine-tuning: 0.2; 40 and 70 %. No weight decay.
     """
     min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
     views = TwoViews(train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
@@ -229,8 +233,8 @@ def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, dev
     trained = layer if frozen else model
     optimizer = torch.optim.SGD(trained.parameters(), lr * batch_size / 256, momentum=0.9)
     per_epoch = len(train) // batch_size
-    milestones = [round(drop * epochs) * per_epoch for drop in drops]
-    decay = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    milestones = [round(drop * epochs * per_epoch) for drop in drops]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     batches = data.schedule(len(train), batch_size, epochs, seed)
     progress = data.Progress("steps of training", epochs * per_epoch)
     for crops, params, index in data.iterate(views, batches, workers, batch_size):
@@ -239,7 +243,7 @@ def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, dev
         optimizer.zero_grad()
         F.cross_entropy(layer(x), train.labels[index].to(device)).backward()
         optimizer.step()
-        decay.step()
+        scheduler.step()
         progress.advance()
     [scores] = extract_features(model.eval(), CenterView(val, size), device=device,
                                 workers=workers, what="scores")
@@ -356,14 +360,17 @@ def representation_space(original, view, labels):
 HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
 
 
-def load_splits(name, train, seed=0, classes=True):
+def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     """`train`: that split of dataset `name` -> (train, val, labelled, note): both splits, less the
     images without a label if `labelled`, and what to tell the user.
 
     With fewer than two classes there are no labels, and all images stay. Without a val split a
-    keyed fifth of train is held out. Raises UserError for fewer than two images.
+    fifth of train, chosen at random, is held out. Raises UserError for fewer than
+    two images.
     """
-    val = data.load_dataset(name, "val", classes) if data.has_val(name) else None
+    val = data.load_dataset(name, "val", with_classes) if data.has_val(name) else None
+    if val and skip_unreadable:
+        val = data.skip_unreadable(val)
     labelled = len(train.labels[train.labels >= 0].unique()) > 1
     if labelled:
         train = train.labelled()
@@ -371,13 +378,13 @@ def load_splits(name, train, seed=0, classes=True):
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)
-        held_out = round(HELD_OUT * len(order))
-        note = f"; no val split, so {held_out} of {len(order)} images held out, keyed by the seed"
-        train, val = (train.select(rows.sort().values)
-                      for rows in (order[held_out:], order[:held_out]))
+        first = round(HELD_OUT * len(order))
+        note = (f"; no val split, so {first} of {len(order)} images are held out here "
+                f"(pretraining on this folder saw them)")
+        train, val = (train.select(rows.sort().values) for rows in (order[first:], order[:first]))
     if min(len(train), len(val)) < 2:
         raise UserError(f"{name} has {len(train)} training and {len(val)} validation images"
-                        f"{' in class folders' * labelled}: at least 2 of each are needed")
+                        f"{' in class folders' if labelled else ''}: at least 2 of each are needed")
     return train, val, labelled, note
 
 
@@ -399,21 +406,21 @@ def measure_online(encoder, train, val, labelled, size, seed, **options):
     train, val = sample(train, KNN_TRAIN, seed), sample(val, KNN_VAL, seed)
     [train_x] = extract_features(encoder.backbone, CenterView(train, size), **options)
     [val_x] = extract_features(encoder.backbone, CenterView(val, size), **options)
-    train_z, val_z = encoder.head(train_x.to(device)), encoder.head(val_x.to(device))
+    train_out, val_out = encoder.head(train_x.to(device)), encoder.head(val_x.to(device))
     return {"knn_backbone": knn_accuracy(train_x, train.labels, val_x, val.labels, device=device),
-            "knn_head": knn_accuracy(train_z, train.labels, val_z, val.labels, device=device)}
+            "knn_head": knn_accuracy(train_out, train.labels, val_out, val.labels, device=device)}
 
 
 # ------------------------------------------------- the report
 
 MEASURES = {              # name: (title, how to read it); titles in % are shares of images
     "linear_top1": ("linear probe %", "higher: one plane a class tells the classes apart"),
-    "augmented_top1": ("linear, augmented %", "higher: [Small]'s protocol, lr 30 in steps"),
+    "augmented_top1": ("linear, augmented %", "higher: [Small]'s ImageNet protocol, lr 30"),
     "knn": ("kNN %", "higher: near images are of the same class; nothing is trained"),
     "best_nn": ("best-NN %", "higher: Euclidean; its k is chosen on val, which flatters"),
     "over_clustering": ("over-clustering", "lower: classes lie together; 1: they do not show"),
     "effective_rank": ("effective rank", "higher: more directions are used; 1: collapsed"),
-    "own_view": ("own view found %", "higher: the task of pretraining is solved; not yet classes"),
+    "own_view": ("own view found %", "higher: MoCo v2's views are recognised; not yet classes"),
     "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
                                  "than the own view; 50: chance"),
     "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
@@ -433,7 +440,7 @@ def measure(net, train, val, labelled, args, size, title):
     device = data.own_device()
     options = dict(device=device, workers=args.workers)
     order = data.permutation(len(val), data.SAMPLE, args.seed, 4)
-    most = 50 if labelled else 1000                                      # of a class
+    most = 50 if labelled else 1000                        # of a class, or of all
     chosen = torch.cat([order[val.labels[order] == c][:most] for c in val.labels.unique()])
 
     [train_x] = extract_features(net, CenterView(train, size), **options,
@@ -469,7 +476,8 @@ def measure(net, train, val, labelled, args, size, title):
 
 
 def write_features(file, train, val, train_x, val_x):
-    """An .npz of features (N, F), labels (N,), paths (N,), and is_val (N,)."""
+    """An .npz of features (N, F), labels (N,), paths (N,), and is_val (N,). Where some images have
+    a label, those without are left out."""
     paths = [part.path(row) for part in (train, val) for row in range(len(part))]
     is_val = np.arange(len(paths)) >= len(train)
     with data.writing(file), open(file, "wb") as stream:
@@ -480,7 +488,8 @@ def write_features(file, train, val, train_x, val_x):
 
 def standard_error(report, name):
     """Of a share of n independent images: sqrt(p (1 - p) / n)."""
-    n = report["view_images" if "view" in name else "val_images"]
+    of_views = ("own_view", "others_farther_from_view")
+    n = report["view_images" if name in of_views else "val_images"]
     return math.sqrt(report[name] * (1 - report[name]) / n)
 
 
@@ -489,25 +498,34 @@ def verdict(trained, random, log=()):
 
     better: the linear probe (without labels: own view found, or the share of other images that
     are farther) is two standard errors of the difference above the random network's.
-    still rising: the log's kNN, or own view found, gained over 0.01 in its last third.
+    still rising: the log's kNN, or own view found, gained over 0.01 in its last third; falling: it
+    lost over 0.02.
     """
     def better(name):
         error = math.hypot(standard_error(trained, name), standard_error(random, name))
         return trained[name] > random[name] + 2 * error
 
-    if trained.get("effective_rank", 1) < 2 or (log and log[-1].get("spread", 1) < 0.1):
-        return "collapsed: all images have nearly the same features"
     names = ["own_view", "others_farther_from_view"]
     if "linear_top1" in trained:
         names = ["linear_top1"]
-    if not any(better(name) for name in names):
+    learnt = any(better(name) for name in names)
+    # Two tight classes, well apart, have a rank below 2 too.
+    one_direction = trained.get("effective_rank", 1) < 2 and not learnt
+    if one_direction or (log and log[-1].get("spread", 1) < 0.1):
+        return "collapsed: all images have nearly the same features"
+    if not learnt:
         title, _ = MEASURES[names[0]]
         return f"no better than random: {title.rstrip(' %')} is not two standard errors above"
+    if log and log[-1].get("hours_left", 0) > 0:
+        return "learnt something: clearly better than random, and the run is not at its end"
     history = [row[name] for row in log for name in ("knn_backbone", "own_view") if name in row]
     if len(history) < 3:
         return "learnt something: clearly better than random"
-    if history[-1] - history[len(history) * 2 // 3 - 1] > 0.01:
+    gained = history[-1] - history[-1 - len(history) // 3]
+    if gained > 0.01:
         return "learnt something and still rising: more epochs would most likely help"
+    if gained < -0.02:
+        return "learnt something, but was better a third of the run ago: a lower --lr may help"
     return "done: clearly better than random, and the last third of the run added nothing"
 
 
@@ -530,7 +548,7 @@ def print_table(columns, every):
 
     rows, reports = [("", columns, "")], columns.values()
     labelled = any("knn" in report for report in reports)
-    for name in TABLE if labelled and not every else MEASURES:
+    for name in MEASURES if every or not labelled else TABLE:
         if any(name in report for report in reports):
             title, reading = MEASURES[name]
             rows.append((title, [cell(report, name) for report in reports], reading))
@@ -538,7 +556,8 @@ def print_table(columns, every):
         for few in zip(*(report.get("few_labels", []) for report in reports)):
             if kind in few[0]:
                 cells = [f"{100 * row[kind]:.1f}" for row in few]
-                rows.append((f"{title} of {few[0]['labels']:6d}", cells, "labels"))
+                counts = dict.fromkeys(str(row["labels"]) for row in few)    # each once
+                rows.append((f"{title} of {'/'.join(counts):>6s}", cells, "labels"))
     width = max(14, *map(len, columns)) + 2
     say()
     for first, cells, last in rows:
@@ -569,10 +588,12 @@ def load_weights(backbone, path, encoder="query"):
     (`encoder`: query or key). Raises UserError for what does not fit."""
     weights = load_file(path)
     part = "key_encoder" if encoder == "key" else "encoder"
+    if encoder == "key" and part not in weights:
+        raise UserError(f"{path} holds no key encoder: --encoder key needs a run, or its last.pt")
     if part in weights:
         weights = {name.removeprefix("backbone."): value for name, value in weights[part].items()
                    if name.startswith("backbone.")}
-    weights = {name: value for name, value in weights.items()
+    weights = {str(name): value for name, value in weights.items()
                if not str(name).startswith(FINAL_LAYERS)}
     try:
         backbone.load_state_dict(weights)
@@ -652,8 +673,8 @@ def draw_few_labels(path, networks):
 
 
 def draw_map(path, networks, labels, names):
-    """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, at most
-    12."""
+    """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, the first
+    12 of them."""
     panels = {}
     for title, features in networks.items():
         x = unit(features)
@@ -684,16 +705,21 @@ def draw_rows(path, queries, others, near):
 
 
 def draw_soft_positives(path, state, dataset, seed):
-    """Some images, and the keys in last.pt's queue that would get their smoothing."""
+    """Some images, and the keys of other images that are nearest in last.pt's queue: the first to
+    get a share of the smoothing."""
     settings, queue = state["settings"], state["queue"]
     size = settings["image_size"]
     encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], size <= data.SMALL)
     encoder.load_state_dict(state["encoder"])
     real = queue["index"] >= 0
-    queries = sample(dataset, 10, seed, 3)
-    [z] = extract_features(encoder.eval(), CenterView(queries, size))
-    _, near = neighbors(z, queue["keys"][real], 8)
-    draw_rows(path, queries, dataset, queue["index"][real][near])
+    keys, images = queue["keys"][real], queue["index"][real]
+    chosen = data.permutation(len(dataset), data.SAMPLE, seed, 3)[:10]
+    queries = dataset.select(chosen)
+    [q] = extract_features(encoder.eval(), CenterView(queries, size))
+    distance = torch.cdist(q, keys)
+    distance[images == chosen[:, None]] = torch.inf                      # its own older keys
+    near = distance.topk(min(8, len(keys)), largest=False).indices
+    draw_rows(path, queries, dataset, images[near])
 
 
 # ------------------------------------------------- one run after the other
@@ -702,7 +728,8 @@ def evaluate(args, run, measured):
     """Measure a run's network and its random twin: print a table, append (title, {network: its
     report}) to `measured`, write report and pictures into the run's folder. With --data OTHER or
     the key encoder their names end in -OTHER, -key."""
-    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None)
+    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None,
+                    skip_unreadable=False)
     log = []
     if run:
         if not (run / "args.json").exists():
@@ -711,9 +738,13 @@ def evaluate(args, run, measured):
         settings |= json.loads((run / "args.json").read_text())
         log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
     name, arch = args.data or settings["data"], args.arch or settings["arch"]
-    classes = (args.classes or ("folders" if args.data else settings["classes"])) != "none"
-    whole = data.load_dataset(name, "train", classes)
-    train, val, labelled, note = load_splits(name, whole, args.seed, classes)
+    with_classes = (args.classes or ("folders" if args.data else settings["classes"])) != "none"
+    skip = settings["skip_unreadable"]
+    whole = data.load_dataset(name, "train", with_classes)
+    if skip:
+        whole = data.skip_unreadable(whole)
+    own_data = whole.fingerprint() == settings["dataset"]
+    train, val, labelled, note = load_splits(name, whole, args.seed, with_classes, skip)
     size = args.image_size or settings["image_size"] or data.default_image_size(whole)
     about = "without labels"
     if labelled:
@@ -726,28 +757,32 @@ def evaluate(args, run, measured):
     say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: {len(train)} training "
         f"and {len(val)} validation images, {about}{note}")
 
-    # All weights are tried before the long work begins.
+    # All weights are tried before the long work begins. The first layers are those of the run's
+    # own image size, whatever --image-size says.
     device, small = data.own_device(), (settings["image_size"] or size) <= data.SMALL
     files = {"random": None}
     if args.against:
         files[f"against {Path(args.against).stem}"] = args.against
     part = "last.pt" if args.encoder == "key" else "backbone.pt"
     files["pretrained"] = args.weights or run / part
-    nets = {}
+    nets, sizes = {}, {}
     for network, file in files.items():
         torch.manual_seed(args.seed)
-        nets[network] = build_backbone(arch, small).to(device, memory_format=torch.channels_last)
+        ours = network in ("random", "pretrained")
+        net = build_backbone(arch, small and ours)
+        nets[network] = net.to(device, memory_format=torch.channels_last)
+        sizes[network] = size if ours or size > data.SMALL else 224      # as torchvision's know them
         if file:
-            load_weights(nets[network], file, args.encoder)
+            load_weights(net, file, args.encoder if ours else "query")
     estimate_batch_norm(nets["random"], train, size, args.seed, device=device, workers=args.workers)
 
     report = dict(run=title, data=name, encoder=args.encoder, seed=args.seed, image_size=size,
                   train_images=len(train))
     features = {}
     for network, net in nets.items():
-        train_x = None                         # those of the network before need the memory
+        train_x = None                         # frees those of the network before
         report[network], train_x, features[network] = measure(
-            net, train, val, labelled, args, size, f"the {network} network")
+            net, train, val, labelled, args, sizes[network], f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
     networks = {network: report[network] for network in nets}
     print_table(networks, args.all)
@@ -760,7 +795,7 @@ def evaluate(args, run, measured):
     if not (run or args.out):
         return
     folder = Path(args.out or run)
-    end = "" if name == settings["data"] else f"-{train.name}"
+    end = "" if own_data or not args.data else f"-{train.name}"
     end += "-key" if args.encoder == "key" else ""
     with data.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -777,7 +812,7 @@ def evaluate(args, run, measured):
     if args.shares:
         draw_few_labels(folder / f"few_labels{end}.png", networks)
     # The queue's keys are of the images of pretraining.
-    if whole.fingerprint() == settings["dataset"] and (run / "last.pt").exists():
+    if own_data and (run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
                             args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures; the last five rows of "
@@ -796,12 +831,12 @@ def read_flags(argv):
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
     add("--all", action="store_true", help="print all measures")
-    add("--against", metavar="WEIGHTS", help="measure this state dict too, such as ImageNet's")
+    add("--against", metavar="WEIGHTS", help="measure torchvision's too, such as ImageNet's; images up to 64 px become 224")
     add("--shares", nargs="+", type=float, default=[], metavar="SHARE",
         help="also with so few of the labels: 0.01 0.1 1, at least one a class")
     add("--finetune", action="store_true", help="with --shares: train the network too")
     add("--protocol", default="cached", choices=("cached", "augmented"),
-        help="augmented: [Small]'s linear protocol too")
+        help="augmented: [Small]'s ImageNet protocol too")
     add("--epochs", type=int, default=100, help="of --finetune and --protocol augmented")
     add("--features", metavar="FILE.npz", help="write the features, with labels and file names")
     add("--out", metavar="FOLDER", help="of report and pictures (default: the run's)")
@@ -813,6 +848,9 @@ def read_flags(argv):
         raise UserError(f"--shares {args.shares}: must lie above 0 and be at most 1")
     if args.weights and not args.arch:
         raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
+    if args.weights and args.runs:
+        raise UserError(f"--weights {args.weights}: pass it instead of a run; beside a run, pass "
+                        f"--against")
     if args.finetune and not args.shares:
         args.shares = [1.0]
     if len(args.runs) > 1 and (args.out or args.features):
@@ -834,12 +872,12 @@ def main(argv=None):
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
-    measured, refused = [], None
+    measured, refused = [], []
     for run in runs:
         try:
             evaluate(args, run, measured)
         except UserError as error:             # the others can still be compared
-            refused = error
+            refused.append(str(error))
     if len(measured) > 1:
         columns = {}
         for number, (title, networks) in enumerate(measured, 1):
@@ -847,7 +885,7 @@ def main(argv=None):
             columns |= {f"{network} {number}": report for network, report in networks.items()}
         print_table(columns, args.all)
     if refused:
-        raise refused
+        raise UserError("; ".join(refused))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     The running statistics move once a forward, towards the mean over the slices. The convolutions
     keep their full batch: on a CPU up to 2 x faster than a loop around the whole network.
-    Momentum is torch's 0.1, as in both papers' code; torchvision's 0.01 for MobileNetV3
-    lags behind.
+    Momentum is torch's 0.1, as in both papers' MobileNetV3; torchvision's 0.01 there lags behind.
     """
     slice_size = None
 

@@ -7,9 +7,9 @@
 
 MoCo (arXiv 1911.05722): a query encoder learns to find, among many keys, the key of its image's
 other view. The keys come from a second encoder, a slow average of the first, so that a queue of
-old keys stays comparable. The recipes are those of two papers on small networks, [Light]
-arXiv 2212.07158 and [Small] arXiv 2107.14762. The same command, given again, continues an
-interrupted run. Then: python lineval.py
+old keys stays comparable. The recipes follow two papers on small networks, [Light] arXiv
+2212.07158 and [Small] arXiv 2107.14762. The same command, given again, continues an interrupted
+run. Then: python lineval.py
 """
 import argparse
 import copy
@@ -74,10 +74,11 @@ RECIPES = {
     "small": MOCO_V2 | dict(temperature=0.1, hidden_dim="2x", batch_size=512, epochs=800,
                             jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
     # [Light]: direction, temperature, lr, warm-up and head from the only settings string in its
-    # code, a baseline without smoothing; batch and epochs are that code's defaults. Its loss is
-    # the sum of both directions, with lr 0.12 for 512 images and decay 1e-4. Our loss is the mean,
-    # half of that: so lr 0.24 for 512, 0.12 for 256, and half the decay. Weight and neighbours of
-    # the smoothing are ours: the code does not say which gave the paper's numbers.
+    # code: ResNet-18, ImageNet-100, 100 epochs, without smoothing. Epochs and decay are that code's
+    # defaults, batch 512 stands in one of its commands. Its loss is the sum of both directions,
+    # with lr 0.12 (for 512 images, we assume) and decay 1e-4. Our loss is the mean, half of that:
+    # so lr 0.24 for 512, 0.12 for 256, and half the decay. Weight and neighbours of the smoothing
+    # are ours: the code does not say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
                             temperature=0.1, hidden_dim="2048", batch_size=512,
                             smoothing=0.1, neighbors=20),
@@ -118,7 +119,7 @@ def scale_to(images, args):
     age = min(max(2, memory / 10), per_epoch / 2)
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
-    while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice, as in [Light]
+    while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice: 512 / 8
         bn_splits *= 2
     return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=queue_size,
                         bn_splits=bn_splits, smoothing=0.0)
@@ -181,8 +182,8 @@ def lr_at(step, per_epoch, args):
 
 
 def smoothing_at(step, per_epoch, args):
-    """0 until the warm-up is over and the queue holds real keys only; then constant, or
-    [Light]'s ramp of half a cosine over the whole run."""
+    """0 until the warm-up is over, as in [Light]'s code, and the queue holds real keys only (ours);
+    then constant, or [Light]'s ramp of half a cosine over the whole run."""
     real_keys = step * args.batch_size * (2 if args.symmetric else 1)
     if step < args.warmup_epochs * per_epoch or real_keys < args.queue_size:
         return 0.0
@@ -200,7 +201,7 @@ def pretrain(args, stop):
     typed = vars(args).copy()                            # before the rest is filled in
     dataset = load_in_turn(args)
     if args.skip_unreadable:
-        dataset = skip_unreadable(dataset)
+        dataset = data.skip_unreadable(dataset)
     resolve(args, dataset)
     check(args, len(dataset), world)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_amp(args.amp))
@@ -412,7 +413,7 @@ class Log:
         self.saved_at, self.lines, self.splits = time.monotonic(), 0, None
         if args.knn_every and not args.dry_run:
             self.splits = lineval.load_splits(args.data, dataset, args.seed,
-                                              args.classes != "none")[:3]
+                                              args.classes != "none", args.skip_unreadable)[:3]
 
     def is_due(self, done):
         alone_and_asked = self.stop.asked and not dist.is_initialized()
@@ -783,18 +784,6 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
             say(f"  {name:14s} {now} instead of {value}, {why}")
     if first_step:
         say(f"continuing {run} after step {first_step} of {total_steps}")
-
-
-def skip_unreadable(dataset):
-    """The dataset without the files that cannot be read, which the first process looks for."""
-    found = [data.find_unreadable(dataset) if data.is_first() else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    unreadable = found[0]
-    say(f"training without {len(unreadable)} of {len(dataset)} files, which cannot be read")
-    for error in unreadable.values():
-        say(f"  {error}")
-    return dataset.without(list(unreadable))
 
 
 # ------------------------------------------------- start and end

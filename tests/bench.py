@@ -57,7 +57,7 @@ def seconds(repeats=5, **variants):
 # ------------------------------------------------- views
 
 def usual(size, blur):
-    """The transform of the papers' code."""
+    """MoCo v2's transform, and [Light]'s."""
     def soften(image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
 

@@ -280,7 +280,7 @@ def test_shapes_are_reproducible_and_colour_does_not_give_the_class():
 
 
 def test_labels_of_the_shapes_can_be_hidden():
-    seen, hidden = load_dataset("shapes", "val"), load_dataset("shapes", "val", classes=False)
+    seen, hidden = load_dataset("shapes", "val"), load_dataset("shapes", "val", with_classes=False)
     assert (seen.labels >= 0).all() and (hidden.labels == -1).all()
     assert torch.equal(seen.pictures, hidden.pictures)
 

@@ -233,13 +233,17 @@ def test_verdict_on_made_cases():
     flat = [dict(spread=0.9, knn_backbone=min(i, 3) / 10) for i in range(9)]
     rising = [dict(spread=0.9, own_view=i / 10) for i in range(9)]
     for trained, log, word in (
-        (report(rank=1.5), [], "collapsed"),
+        (report(rank=1.5, own=0.0, farther=0.5), [], "collapsed"),
+        (report(rank=1.5, linear_top1=0.9), [], "learnt something: "),        # two classes, far apart
         (report(), [dict(spread=0.01)], "collapsed"),
         (report(own=0.21, farther=0.61), flat, "no better than random"),
         (report(own=0.2, farther=0.7), flat, "done"),
         (report(linear_top1=0.4), flat, "no better than random"),
         (report(linear_top1=0.5), flat, "done"),
         (report(), rising, "learnt something and still rising"),
+        (report(), rising[::-1], "learnt something, but was better"),
+        (report(), [*flat, dict(hours_left=0.5)], "learnt something: clearly better than random, and"),
+        (report(), [dict(knn_backbone=x) for x in (0.3, 0.6, 0.9, 0.9)], "done"),
         (report(), [], "learnt something: "),
     ):
         assert lineval.verdict(trained, random, log).startswith(word), word
@@ -292,8 +296,8 @@ def test_while_training(images):
     splits = lineval.load_splits(str(images), whole)[:3]
     found = lineval.measure_online(encoder, *splits, 32, 0, **options)
     assert found.keys() == {"knn_backbone", "knn_head"} and 0 < found["knn_head"] <= 1
-    whole = data.load_dataset(str(images), "train", classes=False)
-    splits = lineval.load_splits(str(images), whole, classes=False)[:3]
+    whole = data.load_dataset(str(images), "train", with_classes=False)
+    splits = lineval.load_splits(str(images), whole, with_classes=False)[:3]
     found = lineval.measure_online(encoder, *splits, 32, 0, **options)
     assert found.keys() == {"own_view"} and 0 < found["own_view"] <= 1
 
@@ -375,7 +379,7 @@ def test_without_labels(run, tmp_path, capsys, hidden):
     flags = ["--classes", "none"] if hidden else []
     lineval.main([str(run), "--data", str(where), "--out", str(tmp_path / "out"), *flags, *FLAGS])
     output = capsys.readouterr().out
-    for words in ("without labels", "8 of 40 images held out", "effective rank", "uniformity"):
+    for words in ("without labels", "8 of 40 images are held out", "effective rank", "uniformity"):
         assert words in output, output
     assert "kNN" not in output
     found = json.loads((tmp_path / "out" / "lineval-photos.json").read_text())
@@ -395,16 +399,14 @@ def test_bare_weights_of_torchvision(images, tmp_path, capsys):
     assert torch.equal(backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
 
 
-def test_few_labels_fine_tuning_another_network_and_the_features(run, images, tmp_path, capsys):
-    torch.save(build_backbone("mobilenetv3_small", True).state_dict(), tmp_path / "other.pt")
-    lineval.main([str(run), "--shares", "0.01", "1", "--finetune", "--epochs", "1", "--against",
-                  str(tmp_path / "other.pt"), "--features", str(tmp_path / "x.npz"), "--out",
-                  str(tmp_path / "out"), *FLAGS])
+def test_few_labels_fine_tuning_and_the_features(run, images, tmp_path, capsys):
+    lineval.main([str(run), "--shares", "0.01", "1", "--finetune", "--epochs", "1", "--features",
+                  str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), *FLAGS])
     output = capsys.readouterr().out
-    for words in ("linear probe % of      3", "fine-tuned % of     96", "against other"):
+    for words in ("linear probe % of      3", "fine-tuned % of     96"):
         assert words in output, output
     found = json.loads((tmp_path / "out" / "lineval.json").read_text())
-    for network in ("random", "pretrained", "against other"):
+    for network in ("random", "pretrained"):
         assert [row["labels"] for row in found[network]["few_labels"]] == [3, 96]
         assert found[network]["few_labels"][1]["linear"] == found[network]["linear_top1"]
         assert all(row["lr"] in lineval.FINETUNE_RATES for row in found[network]["few_labels"])
@@ -417,6 +419,35 @@ def test_few_labels_fine_tuning_another_network_and_the_features(run, images, tm
     [expected] = lineval.extract_features(backbone, data.CenterView(train.select(torch.tensor([5])), 32))
     torch.testing.assert_close(torch.from_numpy(there["features"][5:6]), expected, atol=1e-5, rtol=1e-4)
     assert there["paths"][5] == train.path(5) and there["labels"][5] == train.labels[5]
+
+
+def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
+    """At 224 px, whatever the run's size: it was made for large images."""
+    weights = build_backbone("mobilenetv3_small").state_dict()
+    torch.save(weights, tmp_path / "imagenet.pt")
+    lineval.main([str(run), "--against", str(tmp_path / "imagenet.pt"), "--encoder", "key", "--out",
+                  str(tmp_path), *FLAGS])
+    assert "against imagenet" in capsys.readouterr().out
+    backbone = build_backbone("mobilenetv3_small").eval()
+    backbone.load_state_dict(weights)
+    val = data.load_dataset(str(images), "val")
+    [x] = lineval.extract_features(backbone, data.CenterView(val, 224))
+    found = json.loads((tmp_path / "lineval-key.json").read_text())["against imagenet"]
+    spread = lineval.unit(x).double().var(0, correction=0).sum().sqrt().item()
+    assert found["spread"] == pytest.approx(spread, rel=1e-4)
+
+
+def test_own_old_keys_are_no_soft_positives(run, images, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(lineval, "draw_rows", lambda path, queries, others, near:
+                        shown.append((queries.pictures, others.pictures[near])))
+    state = lineval.load_file(run / "last.pt")
+    dataset = data.load_dataset(str(images), "train")
+    state["queue"]["index"] = torch.arange(32).repeat(3)[:96]
+    state["queue"]["keys"] = state["queue"]["keys"].repeat(3, 1)
+    lineval.draw_soft_positives("x.png", state, dataset.select(torch.arange(32)), seed=0)
+    [(queries, near)] = shown
+    assert near.shape == (10, 8) and not (near == queries[:, None]).any()
 
 
 def test_curve(tmp_path):
@@ -453,12 +484,15 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     for argv, words in (
         ([], ["python pretrain.py"]),
         (["nowhere"], ["nowhere", "args.json"]),
+        (["nowhere", "neither"], ["nowhere", "neither"]),
         ([str(run), "--data", "empty"], ["no images"]),
         ([str(run), "--data", "lonely"], ["1 validation images", "at least 2"]),
         (["--weights", "bad.pt"], ["--arch"]),
         (["--arch", "vit"], ["vit", "resnet18"]),
         ([str(run), "--shares", "0"], ["--shares", "above 0"]),
         ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
+        ([str(run), *bare, "resnet18.pt"], ["resnet18.pt", "instead of a run", "--against"]),
+        ([*bare, "resnet18.pt", "--encoder", "key"], ["resnet18.pt", "no key encoder"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),
         ([*bare, "gone.pt"], ["gone.pt", "does not exist"]),

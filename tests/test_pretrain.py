@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import lineval
 import pretrain
 from conftest import TINY, error_of, one_line_error, run_script, torchrun, write_images
 from models import Encoder
@@ -81,7 +82,7 @@ def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
     typed.epochs = 10_000
     scale = pretrain.scale_to(10_000, typed)
     assert scale["key_momentum"] == 0.999 and scale["queue_size"] == 10_000   # half an epoch
-    assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the papers' own
+    assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the recipe's own
 
 
 @pytest.mark.parametrize("count", (32, 63, 100, 159, 1000))
@@ -297,17 +298,20 @@ def test_an_unreadable_image_is_named(tmp_path):
 def test_unreadable_images_can_be_left_out_and_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_images(tmp_path / "images", 48)
-    sorted((folder / "train").rglob("*.png"))[20].write_bytes(b"no image")
+    for split in ("train", "val"):
+        sorted((folder / split).rglob("*.png"))[20].write_bytes(b"no image")
     (folder / "train" / "a" / "photo.heic").write_bytes(b"x")
     sixteen = [*TINY[:-4], "--epochs", "1", "--warmup-epochs", "0", "--workers", "0"]
     flags = ["--data", str(folder), "--out", "run", *sixteen, "--skip-unreadable"]
     flags += ["--classes", "none"]
     assert pretrain.main(flags) == 0
     output = capsys.readouterr().out
-    assert "training without 1 of 48 files" in output and "cannot be decoded" in output
+    assert "without 1 of 48 files" in output and "cannot be decoded" in output
     assert "left out, since no image: 1 .heic" in output
     assert "images that find their own view" in output and "kNN of" not in output
     assert json.loads((tmp_path / "run" / "args.json").read_text())["dataset"][:9] == "47 images"
+    lineval.main(["run", "--workers", "0"])
+    assert "47 training and 47 validation images" in capsys.readouterr().out
 
 
 def test_what_was_lost_for_ever_is_not_asked_for_again(run, images, tmp_path, capsys):

@@ -446,6 +446,7 @@ def find_images(folder):
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
     paths, left_out = [], Counter()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
+        inside = os.path.relpath(where, folder)
         leads_back = os.path.realpath(where) in map(os.path.realpath, Path(where).parents)
         if leads_back or "args.json" in files:
             folders.clear()
@@ -456,7 +457,7 @@ def find_images(folder):
             if name.startswith("."):
                 continue
             if extension in extensions:
-                paths.append(os.path.relpath(os.path.join(where, name), folder))
+                paths.append(name if inside == os.curdir else os.path.join(inside, name))
             else:
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out
@@ -513,10 +514,11 @@ def find_unreadable(dataset):
 
     unreadable, progress = {}, Progress("reading all images", len(dataset))
     with ThreadPoolExecutor() as pool:
-        for index, error in enumerate(pool.map(error_of, range(len(dataset)))):
-            if error:
-                unreadable[index] = error
-            progress.advance()
+        for rows in torch.arange(len(dataset)).split(4096):          # the pool lists all it is given
+            for index, error in zip(rows.tolist(), pool.map(error_of, rows.tolist())):
+                if error:
+                    unreadable[index] = error
+                progress.advance()
     return unreadable
 
 
@@ -644,19 +646,26 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
     memory, which would hang them.
     """
     views_an_image = 2 if isinstance(views, TwoViews) else 1
-    needed = workers * 2 * batch_size * views_an_image * 3 * views.size ** 2       # 2 lie ready
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # processes that share this machine
+    ready = here * workers * 2                               # batches
+    needed = ready * batch_size * views_an_image * 3 * views.size ** 2
     if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
-        raise LocalError(f"{workers} workers need {needed >> 20} MiB of shared memory, more than "
-                         f"are free: pass fewer --workers (0: none), or docker run --shm-size")
+        raise LocalError(f"{here * workers} workers need {needed >> 20} MiB of shared memory, more "
+                         f"than are free: pass fewer --workers (0: none), or docker run --shm-size")
+    # Forked workers share the list of files, and outlive a signal to the whole process group; from
+    # Python 3.14 on fork must be asked for.
+    fork = "fork" if workers and sys.platform == "linux" else None
     yield from DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                          worker_init_fn=outlive_signals, pin_memory=pin_memory)
+                          worker_init_fn=outlive_signals, pin_memory=pin_memory,
+                          multiprocessing_context=fork)
 
 
 def outlive_signals(_):
     """For loader workers: Ctrl-C and SIGTERM reach them too, but the trainer decides, and may
     still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
+    if hasattr(signal, "alarm"):                             # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 

@@ -228,11 +228,8 @@ def pretrain(args, stop):
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
+    agree(args, first_step)
     query_encoder = distribute(encoder, device) if world > 1 else encoder
-    if args.compile:
-        for part in (encoder, key_encoder):
-            part.backbone.compile()            # in place: the state dict keeps its names
-        data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
 
     # -- the views, batch by batch
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
@@ -250,6 +247,10 @@ def pretrain(args, stop):
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
     if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
+    if args.compile:                           # now, for the pictures are drawn on the CPU
+        for part in (encoder, key_encoder):
+            part.backbone.compile()            # in place: the state dict keeps its names
+        data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
     log = Log(run, args, dataset, encoder, batches, stop)
 
     # -- MoCo's Algorithm 1
@@ -302,7 +303,7 @@ def pretrain(args, stop):
     else:
         say(f"done: {total_steps} steps. In {run}: backbone.pt (the weights, under torchvision's "
             f"names), last.pt, log.csv, curve.png, views.png\n"
-            f"next: python lineval.py {shlex.quote(str(run))}")
+            f"next: python lineval.py {shlex.quote(run.as_posix())}")
     return 0
 
 
@@ -337,6 +338,21 @@ def load_in_turn(args):
     if waits and first:
         dist.barrier()
     return dataset
+
+
+def agree(args, first_step):
+    """Raise UserError unless all processes, on all machines, are about to do the same."""
+    if not dist.is_initialized():
+        return
+    mine = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    mine["first_step"] = first_step
+    theirs = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    different = sorted(name for name in mine if any(mine[name] != other[name] for other in theirs))
+    if different:
+        values = [{name: other[name] for name in different} for other in theirs]
+        raise UserError(f"the processes differ: {values}: give every machine the same command, the "
+                        f"same images, and the run's folder, on a shared disk or copied")
 
 
 def distribute(encoder, device):
@@ -409,6 +425,7 @@ class Log:
         self.run, self.args, self.batches, self.stop = run, args, batches, stop
         self.encoder, self.device = encoder, next(encoder.parameters()).device
         self.per_epoch = len(dataset) // args.batch_size
+        self.total_steps = args.epochs * self.per_epoch
         self.labels = dataset.labels.to(self.device)
         self.saved_at, self.lines, self.splits = time.monotonic(), 0, None
         if args.knn_every and not args.dry_run:
@@ -426,7 +443,11 @@ class Log:
         theirs = self.labels[near_images.clamp(min=0)]
         own = self.labels[index].repeat(len(keys))[:, None]
         known = (near_images >= 0) & (theirs >= 0) & (own >= 0)
-        overdue = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        # An epoch may be a single step, and its end too often for a save.
+        minutes = (time.monotonic() - self.saved_at) / 60
+        overdue = minutes > self.args.save_minutes
+        if done % self.per_epoch == 0:
+            overdue = minutes > min(1, self.args.save_minutes) or done == self.total_steps
         numbers = mean_over_processes(
             self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
             nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
@@ -443,7 +464,7 @@ class Log:
         numbers |= self.evaluate(done)
         if data.is_first():
             self.write(done, numbers)
-        save = done % self.per_epoch == 0 or numbers["stop"] > 0 or numbers["save"] > 0
+        save = numbers["stop"] > 0 or numbers["save"] > 0
         if save:
             self.saved_at = time.monotonic()
         return {"stop": numbers["stop"] > 0, "save": save}
@@ -457,8 +478,10 @@ class Log:
         began = time.perf_counter()
         average_buffers(self.encoder)
         self.encoder.eval()
+        # Batches no larger than those of training, for whose workers there is shared memory.
         found = lineval.measure_online(self.encoder, *self.splits, args.image_size, args.seed,
-                                       device=self.device, workers=args.workers)
+                                       device=self.device, workers=args.workers,
+                                       batch_size=args.batch_size // data.count_processes())
         self.encoder.train()
         self.batches.start += time.perf_counter() - began            # images/s is of training
         return found
@@ -574,7 +597,8 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
     encoder.load_state_dict(checkpoint["encoder"])
     key_encoder.load_state_dict(checkpoint["key_encoder"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:                   # empty if --amp auto was no fp16 on that machine
+        scaler.load_state_dict(checkpoint["scaler"])
     queue.keys.copy_(checkpoint["queue"]["keys"])
     queue.index.copy_(checkpoint["queue"]["index"])
     log = run / "log.csv"
@@ -789,18 +813,27 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 # ------------------------------------------------- start and end
 
 class StopSignals:
-    """Ctrl-C, SIGTERM or SIGUSR1: stop after this step and save. Again: stop now."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: stop after this step and save. Again, seconds
+    later: stop now."""
 
     def __init__(self):
-        self.asked = 0
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):                                # Windows has two of them
-                signal.signal(getattr(signal, name), self.handle)
+        self.asked, self.since = 0, 0.0
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is None:                 # Windows has two of them
+                continue
+            # nohup has SIGHUP ignored, but torchrun passes it on all the same, and then kills.
+            ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not ignored or "LOCAL_RANK" in os.environ:
+                signal.signal(number, self.handle)
 
     def handle(self, number, _):
+        # One wish may come twice: to the group of processes, and from torchrun.
+        if self.asked and time.monotonic() - self.since < 3:
+            return
         if self.asked:
             os._exit(128 + number)
-        self.asked = int(number)
+        self.asked, self.since = int(number), time.monotonic()
         say("stopping after this step; again to stop now")
 
 

@@ -251,6 +251,10 @@ def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
         first_batch(views, workers=4, batch_size=3072)        # of 3 kB: 9 MiB a batch
     assert "\n" not in str(error.value)
     first_batch(views, workers=0, batch_size=3072)            # needs none
+    first_batch(views, workers=1, batch_size=3072)            # 18 MiB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")               # processes of this machine share it
+    with pytest.raises(LocalError, match="4 workers need 72 MiB"):
+        first_batch(views, workers=1, batch_size=3072)
 
 
 def test_an_unreadable_file_is_named_from_inside_a_worker(tree):

@@ -190,7 +190,7 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
     assert not list(tmp_path.iterdir())
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def signal_at_the_first_step(monkeypatch, *numbers):
@@ -211,16 +211,70 @@ def test_ctrl_c_ends_a_dry_run_at_once(images, monkeypatch):
 
 
 def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypatch):
+    """But not when it comes twice at once, as torchrun and the process group each send it."""
     def end(code):
         raise SystemExit(code)
     monkeypatch.setattr(os, "_exit", end)
     for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
         stop = pretrain.StopSignals()
         os.kill(os.getpid(), number)
         assert stop.asked == number and "again to stop now" in capsys.readouterr().out
+        os.kill(os.getpid(), number)
+        stop.since -= 4                                                  # seconds later
         with pytest.raises(SystemExit) as stopped:
             os.kill(os.getpid(), number)
         assert stopped.value.code == 128 + number
+
+
+def test_nohup_is_obeyed_unless_torchrun_would_kill(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = pretrain.StopSignals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    stop = pretrain.StopSignals()
+    assert signal.getsignal(signal.SIGHUP) == stop.handle
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def test_processes_that_are_about_to_do_different_things_are_refused(images, monkeypatch):
+    """Such as two machines, of which one has the run's folder."""
+    others = {}
+
+    def gather(theirs, mine):
+        theirs[:] = [mine, mine | others]
+    monkeypatch.setattr(pretrain.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(pretrain.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(pretrain.dist, "all_gather_object", gather)
+    args = resolved(images, *TINY)
+    pretrain.agree(args, 40)
+    others["first_step"] = 0
+    with pytest.raises(data.UserError, match="'first_step': 40.*'first_step': 0.*shared disk"):
+        pretrain.agree(args, 40)
+
+
+def test_short_epochs_are_not_all_saved(images, tmp_path, monkeypatch):
+    """A folder of few photos has epochs of one step, and a save may take longer than that."""
+    saves = []
+    monkeypatch.setattr(pretrain, "save", lambda run, args, done, *rest: saves.append(done))
+    for flags, expected in ([], [12]), (["--save-minutes", "0"], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]):
+        saves.clear()
+        pretrain.main(["--data", str(images), "--out", str(tmp_path / str(len(flags))), *TINY,
+                       "--log-every", "1", "--knn-every", "0", *flags])
+        assert saves == expected
+
+
+def test_a_run_without_a_scaler_continues_with_one(run, tmp_path):
+    """--amp auto is bf16 on one GPU and fp16 on an older one."""
+    checkpoint = pretrain.load_file(run[0] / "last.pt")
+    settings = checkpoint["settings"]
+    encoder = Encoder(settings["arch"], settings["dim"], settings["hidden_dim"], small_images=True)
+    optimizer = torch.optim.SGD(encoder.parameters(), 0.1, 0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    queue = KeyQueue(settings["queue_size"], settings["dim"])
+    assert checkpoint["scaler"] == {}
+    step = pretrain.restore(checkpoint, tmp_path, encoder, encoder, optimizer, scaler, queue)
+    assert step == checkpoint["step"]
 
 
 def test_restart_forgets_the_old_checkpoint_and_log(run, images, tmp_path):

@@ -179,7 +179,7 @@ def test_torchrun_restarts_after_a_killed_worker(images, tmp_path):
     single.mkdir(), tmp_path.mkdir()
     assert run_script("tests/float64.py", *flags, cwd=single).returncode == 0
     agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2",
-                              str(ROOT / "tests" / "float64.py"), *flags, "--restart"], cwd=tmp_path, env=environment(),
+                              str(ROOT / "tests" / "float64.py"), *flags, "--restart", "--save-minutes", "0"], cwd=tmp_path, env=environment(),
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in agent.stdout:
         if re.match(r" *\d+/\d+ +14 ", line):
@@ -231,7 +231,7 @@ def test_weights_and_checkpoint_agree_after_a_kill_between_their_writes(images, 
     monkeypatch.setattr(pretrain, "write", killed)
     name = "last.pt"
     with pytest.raises(KeyboardInterrupt):
-        pretrain.main(flags)
+        pretrain.main([*flags, "--save-minutes", "0"])
     name = None                                                     # now to the end
     monkeypatch.setattr(os, "fsync", lambda file: (done.append("flushed"), flush(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (done.append(new.name), rename(old, new)))

@@ -514,7 +514,7 @@ def find_unreadable(dataset):
 
     unreadable, progress = {}, Progress("reading all images", len(dataset))
     with ThreadPoolExecutor() as pool:
-        for rows in torch.arange(len(dataset)).split(4096):          # the pool lists all it is given
+        for rows in torch.arange(len(dataset)).split(4096):  # the pool lists all it is given
             for index, error in zip(rows.tolist(), pool.map(error_of, rows.tolist())):
                 if error:
                     unreadable[index] = error

@@ -724,6 +724,26 @@ def draw_soft_positives(path, state, dataset, seed):
 
 # ------------------------------------------------- one run after the other
 
+def load_networks(args, run, arch, size, small):
+    """-> {name: (network, its image size)}: random, pretrained and, if asked for, another's
+    weights. All are tried before the long work begins."""
+    part = "last.pt" if args.encoder == "key" else "backbone.pt"
+    files = {"random": None, "pretrained": args.weights or run / part}
+    against = args.against and f"against {Path(args.against).stem}"
+    if against:
+        files = {"random": None, against: args.against, "pretrained": files["pretrained"]}
+    networks = {}
+    for name, file in files.items():
+        torch.manual_seed(args.seed)
+        theirs = name == against               # made by torchvision, for large images
+        net = build_backbone(arch, small and not theirs)
+        net = net.to(data.own_device(), memory_format=torch.channels_last)
+        if file:
+            load_weights(net, file, "query" if theirs else args.encoder)
+        networks[name] = (net, 224 if theirs and size <= data.SMALL else size)
+    return networks
+
+
 def evaluate(args, run, measured):
     """Measure a run's network and its random twin: print a table, append (title, {network: its
     report}) to `measured`, write report and pictures into the run's folder. With --data OTHER or
@@ -757,37 +777,25 @@ def evaluate(args, run, measured):
     say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: {len(train)} training "
         f"and {len(val)} validation images, {about}{note}")
 
-    # All weights are tried before the long work begins. The first layers are those of the run's
-    # own image size, whatever --image-size says.
-    device, small = data.own_device(), (settings["image_size"] or size) <= data.SMALL
-    files = {"random": None}
-    if args.against:
-        files[f"against {Path(args.against).stem}"] = args.against
-    part = "last.pt" if args.encoder == "key" else "backbone.pt"
-    files["pretrained"] = args.weights or run / part
-    nets, sizes = {}, {}
-    for network, file in files.items():
-        torch.manual_seed(args.seed)
-        ours = network in ("random", "pretrained")
-        net = build_backbone(arch, small and ours)
-        nets[network] = net.to(device, memory_format=torch.channels_last)
-        sizes[network] = size if ours or size > data.SMALL else 224      # as torchvision's know them
-        if file:
-            load_weights(net, file, args.encoder if ours else "query")
-    estimate_batch_norm(nets["random"], train, size, args.seed, device=device, workers=args.workers)
+    # The first layers are those of the run's own image size, whatever --image-size says.
+    small = (settings["image_size"] or size) <= data.SMALL
+    networks = load_networks(args, run, arch, size, small)
+    random, _ = networks["random"]
+    device = data.own_device()
+    estimate_batch_norm(random, train, size, args.seed, device=device, workers=args.workers)
 
     report = dict(run=title, data=name, encoder=args.encoder, seed=args.seed, image_size=size,
                   train_images=len(train))
     features = {}
-    for network, net in nets.items():
+    for network, (net, its_size) in networks.items():
         train_x = None                         # frees those of the network before
         report[network], train_x, features[network] = measure(
-            net, train, val, labelled, args, sizes[network], f"the {network} network")
+            net, train, val, labelled, args, its_size, f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
-    networks = {network: report[network] for network in nets}
-    print_table(networks, args.all)
+    columns = {network: report[network] for network in networks}
+    print_table(columns, args.all)
     say(f"{title}: {report['verdict']}")
-    measured.append((title, networks))
+    measured.append((title, columns))
 
     # From here on files: the report stands already, whatever the disk says.
     if args.features:
@@ -810,7 +818,7 @@ def evaluate(args, run, measured):
         draw_map(folder / f"map{end}.png", {title: x[shown] for title, x in features.items()},
                  val.labels[shown], val.classes)
     if args.shares:
-        draw_few_labels(folder / f"few_labels{end}.png", networks)
+        draw_few_labels(folder / f"few_labels{end}.png", columns)
     # The queue's keys are of the images of pretraining.
     if own_data and (run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
@@ -831,7 +839,8 @@ def read_flags(argv):
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
     add("--all", action="store_true", help="print all measures")
-    add("--against", metavar="WEIGHTS", help="measure torchvision's too, such as ImageNet's; images up to 64 px become 224")
+    add("--against", metavar="WEIGHTS", help="measure these of torchvision too, such as "
+        "ImageNet's; images of up to 64 px are enlarged to 224 for them")
     add("--shares", nargs="+", type=float, default=[], metavar="SHARE",
         help="also with so few of the labels: 0.01 0.1 1, at least one a class")
     add("--finetune", action="store_true", help="with --shares: train the network too")

@@ -425,7 +425,7 @@ MEASURES = {              # name: (title, how to read it); titles in % are share
                                  "than the own view; 50: chance"),
     "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
     "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
-    "spread": ("spread", "1: no common direction; 0: all images alike, collapsed"),
+    "spread": ("feature spread", "1: no common direction; 0: all images alike, collapsed"),
     "intra_class": ("intra-class distance", "lower among networks of one recipe; across recipes "
                                             "[Small]'s better networks have higher ones"),
     "inter_class": ("inter-class distance", "higher: classes lie apart"),

@@ -495,7 +495,7 @@ class Log:
             lr=lr_at(step, self.per_epoch, args),
             images_per_s=batches.timed * args.batch_size / seconds,
             data_wait=batches.waited / seconds,
-            hours_left=seconds / batches.timed * (args.epochs * self.per_epoch - done) / 3600)
+            hours_left=seconds / batches.timed * (self.total_steps - done) / 3600)
         if self.lines % 20 == 0:
             say(HEADER)
         self.lines += 1

@@ -122,7 +122,7 @@ def test_images_like_the_first(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "features.npz", features=features, paths=["a", "b", "c", "d"])
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(import numpy.*?)```", README, re.S)[1], {})
-    assert capsys.readouterr().out.strip() == "['a' 'c' 'd' 'b']"
+    assert capsys.readouterr().out.strip() == "[0 2 3 1] ['a' 'c' 'd' 'b']"
 
 
 def test_the_whole_algorithm_does_what_pretrain_does(tmp_path, monkeypatch):

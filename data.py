@@ -446,7 +446,7 @@ def find_images(folder):
     extensions = {ext for ext, name in Image.registered_extensions().items() if name in FORMATS}
     paths, left_out = [], Counter()
     for where, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
-        inside = os.path.relpath(where, folder)
+        inside = "" if where == folder else os.path.relpath(where, folder)
         leads_back = os.path.realpath(where) in map(os.path.realpath, Path(where).parents)
         if leads_back or "args.json" in files:
             folders.clear()
@@ -457,7 +457,7 @@ def find_images(folder):
             if name.startswith("."):
                 continue
             if extension in extensions:
-                paths.append(name if inside == os.curdir else os.path.join(inside, name))
+                paths.append(os.path.join(inside, name))
             else:
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out
@@ -514,7 +514,7 @@ def find_unreadable(dataset):
 
     unreadable, progress = {}, Progress("reading all images", len(dataset))
     with ThreadPoolExecutor() as pool:
-        for rows in torch.arange(len(dataset)).split(4096):  # the pool lists all it is given
+        for rows in torch.arange(len(dataset)).split(4096):  # map queues all its input
             for index, error in zip(rows.tolist(), pool.map(error_of, rows.tolist())):
                 if error:
                     unreadable[index] = error
@@ -528,7 +528,8 @@ def skip_unreadable(dataset):
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     unreadable = found[0]
-    say(f"without {len(unreadable)} of {len(dataset)} files, which cannot be read")
+    say(f"{dataset.root or dataset.name}: {len(unreadable)} of {len(dataset)} files cannot be "
+        f"read, and are left out")
     for error in unreadable.values():
         say(f"  {error}")
     return dataset.without(list(unreadable))
@@ -645,15 +646,16 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
     Raises LocalError for an image that cannot be read, and where workers would run out of shared
     memory, which would hang them.
     """
-    views_an_image = 2 if isinstance(views, TwoViews) else 1
+    # Two views, and as many of an evaluation beside the training.
+    views_an_image = 4 if isinstance(views, TwoViews) else 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # processes that share this machine
     ready = here * workers * 2                               # batches
     needed = ready * batch_size * views_an_image * 3 * views.size ** 2
-    if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
+    if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").total:
         raise LocalError(f"{here * workers} workers need {needed >> 20} MiB of shared memory, more "
-                         f"than are free: pass fewer --workers (0: none), or docker run --shm-size")
-    # Forked workers share the list of files, and outlive a signal to the whole process group; from
-    # Python 3.14 on fork must be asked for.
+                         f"than there is: pass fewer --workers (0: none), or docker run --shm-size")
+    # Forked workers share the list of files, and a signal to all processes ends none that is just
+    # starting. From Python 3.14 on this must be asked for.
     fork = "fork" if workers and sys.platform == "linux" else None
     yield from DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                           worker_init_fn=outlive_signals, pin_memory=pin_memory,
@@ -661,8 +663,9 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
 
 
 def outlive_signals(_):
-    """For loader workers: Ctrl-C and SIGTERM reach them too, but the trainer decides, and may
-    still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
+    """For loader workers: Ctrl-C, SIGTERM and a lost terminal reach them too, but the trainer
+    decides, and may still need batches. SIGTERM ends a worker a minute later, so that none stays
+    behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):                             # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

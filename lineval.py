@@ -134,8 +134,7 @@ def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, dev
     distance, rows = neighbors(unit(val_x), unit(train_x), k, device=device)        # (V, k)
     cosine = 1 - distance ** 2 / 2                                       # of unit rows
     votes = torch.zeros(len(val_x), int(train_y.max()) + 1)
-    # Less 1, so that no vote overflows; it scales all alike.
-    votes.scatter_add_(1, train_y[rows], ((cosine - 1) / temperature).exp())
+    votes.scatter_add_(1, train_y[rows], (cosine / temperature).exp())
     return accuracy(votes.argmax(1), val_y)
 
 
@@ -183,9 +182,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     weight_decay, held_out (the accuracy that chose it), rows (how many it was fitted to).
 
     Features are standardised by train's statistics and divided by sqrt(F). The weight decay is
-    chosen on a tenth of train, never on val; then all of train is fitted. Of equals the strongest
-    wins: with a few labels a class that tenth is a few images, and chance has a part in the choice.
-    Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
+    chosen on a tenth of train, never on val; then all of train is fitted. Of equally
+    good decays the strongest is taken. With few labels that tenth is a few images, so the choice is
+    partly chance. Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
     """
     order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)
     order = order[:MOST_NUMBERS // train_x.shape[1]]
@@ -215,9 +214,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
 
 def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, device="cpu",
                    workers=0):
-    """After [Small]: a linear layer, trained on new random crops in every epoch, on the frozen
-    network (as on ImageNet) or together with it (fine-tuning). Datasets `train`, `val` -> accuracy
-    on val.
+    """As in [Small]: a linear layer is trained on new random crops in every epoch. frozen: alone,
+    [Small]'s protocol for ImageNet; otherwise together with the network (fine-tuning). Datasets
+    `train`, `val` -> accuracy on val.
 
     `lr` is for a batch of 256. Frozen: crops of at least 0.08 of the image, and the rate falls to a
     tenth after 60 and after 80 % of the epochs. Fine-tuning: 0.2; 40 and 70 %. No weight decay.
@@ -365,8 +364,8 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     images without a label if `labelled`, and what to tell the user.
 
     With fewer than two classes there are no labels, and all images stay. Without a val split a
-    fifth of train, chosen at random, is held out. Raises UserError for fewer than
-    two images.
+    fifth of train, chosen at random, is held out. Raises UserError if either has fewer than two
+    images.
     """
     val = data.load_dataset(name, "val", with_classes) if data.has_val(name) else None
     if val and skip_unreadable:
@@ -378,10 +377,10 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)
-        first = round(HELD_OUT * len(order))
-        note = (f"; no val split, so {first} of {len(order)} images are held out here "
-                f"(pretraining on this folder saw them)")
-        train, val = (train.select(rows.sort().values) for rows in (order[first:], order[:first]))
+        cut = round(HELD_OUT * len(order))
+        note = (f"; no val split, so {cut} of {len(order)} images are held out here (a run on this "
+                f"folder was trained on them)")
+        val, train = (train.select(rows.sort().values) for rows in (order[:cut], order[cut:]))
     if min(len(train), len(val)) < 2:
         raise UserError(f"{name} has {len(train)} training and {len(val)} validation images"
                         f"{' in class folders' if labelled else ''}: at least 2 of each are needed")
@@ -449,7 +448,7 @@ def measure(net, train, val, labelled, args, size, title):
                                what=f"features of {title}, validation images")
     view, _ = extract_features(net, TwoViews(val.select(chosen), size, args.seed), **options,
                                what=f"views, {title}")
-    report = dict(val_images=len(val_x))
+    report = dict(val_images=len(val_x), image_size=size)
     report |= representation_space(val_x[chosen], view, val.labels[chosen])
     if not labelled:
         return report, train_x, val_x
@@ -498,8 +497,9 @@ def verdict(trained, random, log=()):
 
     better: the linear probe (without labels: own view found, or the share of other images that
     are farther) is two standard errors of the difference above the random network's.
-    still rising: the log's kNN, or own view found, gained over 0.01 in its last third; falling: it
-    lost over 0.02.
+    collapsed: effective rank below 2 and not better, or the log's spread below 0.1.
+    not at its end: the log has hours left. still rising: its kNN, or own view found, gained over
+    0.01 in its last third. was better: it lost over 0.02.
     """
     def better(name):
         error = math.hypot(standard_error(trained, name), standard_error(random, name))
@@ -727,15 +727,17 @@ def draw_soft_positives(path, state, dataset, seed):
 def load_networks(args, run, arch, size, small):
     """-> {name: (network, its image size)}: random, pretrained and, if asked for, another's
     weights. All are tried before the long work begins."""
+    if args.against and (Path(args.against).parent / "args.json").exists():
+        raise UserError(f"--against {args.against}: lineval.py RUN1 RUN2 compares our own runs")
     part = "last.pt" if args.encoder == "key" else "backbone.pt"
-    files = {"random": None, "pretrained": args.weights or run / part}
-    against = args.against and f"against {Path(args.against).stem}"
-    if against:
-        files = {"random": None, against: args.against, "pretrained": files["pretrained"]}
+    files = {"random": None}
+    if args.against:
+        files[f"against {Path(args.against).stem}"] = args.against
+    files["pretrained"] = args.weights or run / part       # last: its features are used further
     networks = {}
     for name, file in files.items():
         torch.manual_seed(args.seed)
-        theirs = name == against               # made by torchvision, for large images
+        theirs = name.startswith("against")    # made by torchvision, for large images
         net = build_backbone(arch, small and not theirs)
         net = net.to(data.own_device(), memory_format=torch.channels_last)
         if file:
@@ -823,8 +825,8 @@ def evaluate(args, run, measured):
     if own_data and (run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
                             args.seed)
-    say(f"written into {folder}: lineval{end}.json and pictures; the last five rows of "
-        f"neighbors{end}.png are the likeliest duplicates")
+    say(f"written into {folder}: lineval{end}.json and pictures; in the last rows of neighbors{end}"
+        f".png, validation images most like a training image, perhaps duplicates")
 
 
 def read_flags(argv):
@@ -839,8 +841,8 @@ def read_flags(argv):
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
     add("--encoder", default="query", choices=("query", "key"))
     add("--all", action="store_true", help="print all measures")
-    add("--against", metavar="WEIGHTS", help="measure these of torchvision too, such as "
-        "ImageNet's; images of up to 64 px are enlarged to 224 for them")
+    add("--against", metavar="WEIGHTS", help="measure torchvision's weights too, such as "
+        "ImageNet's; for them images of up to 64 px are enlarged to 224")
     add("--shares", nargs="+", type=float, default=[], metavar="SHARE",
         help="also with so few of the labels: 0.01 0.1 1, at least one a class")
     add("--finetune", action="store_true", help="with --shares: train the network too")
@@ -870,7 +872,7 @@ def read_flags(argv):
 def newest_run():
     files = sorted(Path("runs").glob("*/backbone.pt"), key=os.path.getmtime)
     if not files:
-        raise UserError("no run in runs/ has finished an epoch: start with python pretrain.py, or "
+        raise UserError("no run in runs/ has saved its weights: start with python pretrain.py, or "
                         "pass --weights")
     return files[-1].parent
 
@@ -886,7 +888,7 @@ def main(argv=None):
         try:
             evaluate(args, run, measured)
         except UserError as error:             # the others can still be compared
-            refused.append(str(error))
+            refused.append(data.last_line(error))
     if len(measured) > 1:
         columns = {}
         for number, (title, networks) in enumerate(measured, 1):

@@ -34,8 +34,8 @@ def neighbor_weights(neighbors, weighting="uniform"):
 
     "uniform": all alike. "tiered": half on the first tier of `TIERS`, a quarter on each other.
     "geometric": every rank has half of the rank before; the last two are equal. These are
-    strategies 1, 2 and (11 keys, s 0.4) 3 of [Light]'s released code. Raises ValueError where a
-    tier is undefined.
+    strategies 1, 2 and 3 of [Light]'s released code; its 3 has 11 keys and s 0.4. Raises ValueError
+    where a tier is undefined.
     """
     if weighting == "uniform":
         return torch.full((neighbors,), 1 / neighbors, dtype=torch.float64)

@@ -199,6 +199,7 @@ def pretrain(args, stop):
     rank, world = start_processes()
     device = data.own_device()
     typed = vars(args).copy()                            # before the rest is filled in
+    agree({name: value for name, value in typed.items() if name not in OF_A_MACHINE})
     dataset = load_in_turn(args)
     if args.skip_unreadable:
         dataset = data.skip_unreadable(dataset)
@@ -228,7 +229,7 @@ def pretrain(args, stop):
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
-    agree(args, first_step)
+    agree({"images": args.dataset, "steps done": first_step})
     query_encoder = distribute(encoder, device) if world > 1 else encoder
 
     # -- the views, batch by batch
@@ -247,7 +248,7 @@ def pretrain(args, stop):
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
     if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
-    if args.compile:                           # now, for the pictures are drawn on the CPU
+    if args.compile:                           # after views.png, which is drawn on the CPU
         for part in (encoder, key_encoder):
             part.backbone.compile()            # in place: the state dict keeps its names
         data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
@@ -340,19 +341,21 @@ def load_in_turn(args):
     return dataset
 
 
-def agree(args, first_step):
-    """Raise UserError unless all processes, on all machines, are about to do the same."""
+OF_A_MACHINE = {"data", "init", "out", "workers"}     # flags that may differ between machines
+
+
+def agree(mine):
+    """Raise UserError unless all processes, on all machines, hold the same dict of values."""
     if not dist.is_initialized():
         return
-    mine = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    mine["first_step"] = first_step
     theirs = [None] * dist.get_world_size()
     dist.all_gather_object(theirs, mine)
-    different = sorted(name for name in mine if any(mine[name] != other[name] for other in theirs))
-    if different:
-        values = [{name: other[name] for name in different} for other in theirs]
-        raise UserError(f"the processes differ: {values}: give every machine the same command, the "
-                        f"same images, and the run's folder, on a shared disk or copied")
+    for name, value in mine.items():
+        found = {str(other.get(name)) for other in theirs}
+        if len(found) > 1:
+            raise UserError(f"the processes differ in {name}: {', '.join(sorted(found))}: give all "
+                            f"machines the same command, the same images, and a copy of the run's "
+                            f"folder or a disk that they share")
 
 
 def distribute(encoder, device):
@@ -443,11 +446,11 @@ class Log:
         theirs = self.labels[near_images.clamp(min=0)]
         own = self.labels[index].repeat(len(keys))[:, None]
         known = (near_images >= 0) & (theirs >= 0) & (own >= 0)
-        # An epoch may be a single step, and its end too often for a save.
-        minutes = (time.monotonic() - self.saved_at) / 60
-        overdue = minutes > self.args.save_minutes
+        limit = self.args.save_minutes
         if done % self.per_epoch == 0:
-            overdue = minutes > min(1, self.args.save_minutes) or done == self.total_steps
+            limit = min(1, limit)              # not at every end: an epoch may be one step
+        minutes = (time.monotonic() - self.saved_at) / 60
+        overdue = minutes > limit or done == self.total_steps
         numbers = mean_over_processes(
             self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
             nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
@@ -478,7 +481,7 @@ class Log:
         began = time.perf_counter()
         average_buffers(self.encoder)
         self.encoder.eval()
-        # Batches no larger than those of training, for whose workers there is shared memory.
+        # Batches no larger than those of training: see the shared memory in data.iterate.
         found = lineval.measure_online(self.encoder, *self.splits, args.image_size, args.seed,
                                        device=self.device, workers=args.workers,
                                        batch_size=args.batch_size // data.count_processes())
@@ -675,7 +678,8 @@ def read_args(argv=None):
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--workers", type=int, help="loader processes for each training process")
     add("--log-every", type=int, default=20, metavar="STEPS")
-    add("--save-minutes", type=float, default=15, help="save inside long epochs too, so often")
+    add("--save-minutes", type=float, default=15,
+        help="save so often, and at an epoch's end after one minute")
     add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often (0: never)")
     special = {
         "symmetric": dict(action=argparse.BooleanOptionalAction),
@@ -813,8 +817,8 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 # ------------------------------------------------- start and end
 
 class StopSignals:
-    """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: stop after this step and save. Again, seconds
-    later: stop now."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: stop after this step and save. Again, 3 seconds
+    later: stop at once."""
 
     def __init__(self):
         self.asked, self.since = 0, 0.0
@@ -834,7 +838,7 @@ class StopSignals:
         if self.asked:
             os._exit(128 + number)
         self.asked, self.since = int(number), time.monotonic()
-        say("stopping after this step; again to stop now")
+        say("stopping after this step; again, 3 seconds later, to stop at once")
 
 
 def keep_freed_memory():

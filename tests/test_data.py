@@ -245,7 +245,7 @@ def first_batch(views, workers=1, batch_size=2):
 
 
 def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20))
     views = CenterView([(random_picture(32, 32), 0)] * 2, 32)
     with pytest.raises(LocalError, match="72 MiB.*--workers.*--shm-size") as error:
         first_batch(views, workers=4, batch_size=3072)        # of 3 kB: 9 MiB a batch

@@ -443,11 +443,13 @@ def test_own_old_keys_are_no_soft_positives(run, images, tmp_path, monkeypatch):
                         shown.append((queries.pictures, others.pictures[near])))
     state = lineval.load_file(run / "last.pt")
     dataset = data.load_dataset(str(images), "train")
-    state["queue"]["index"] = torch.arange(32).repeat(3)[:96]
-    state["queue"]["keys"] = state["queue"]["keys"].repeat(3, 1)
+    own = data.permutation(32, data.SAMPLE, 0, 3)[0]                     # the first that is shown
+    others = torch.arange(32)[torch.arange(32) != own][:8]
+    state["queue"]["index"] = torch.full((32,), own)
+    state["queue"]["index"][:8] = others
     lineval.draw_soft_positives("x.png", state, dataset.select(torch.arange(32)), seed=0)
     [(queries, near)] = shown
-    assert near.shape == (10, 8) and not (near == queries[:, None]).any()
+    assert near.shape == (10, 8) and {*near[0]} == {*dataset.pictures[others]}
 
 
 def test_curve(tmp_path):
@@ -492,6 +494,7 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         ([str(run), "--shares", "0"], ["--shares", "above 0"]),
         ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
         ([str(run), *bare, "resnet18.pt"], ["resnet18.pt", "instead of a run", "--against"]),
+        ([str(run), "--against", str(run / "backbone.pt")], ["backbone.pt", "RUN1 RUN2"]),
         ([*bare, "resnet18.pt", "--encoder", "key"], ["resnet18.pt", "no key encoder"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),

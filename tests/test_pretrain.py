@@ -219,7 +219,7 @@ def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypa
         signal.signal(number, signal.SIG_DFL)
         stop = pretrain.StopSignals()
         os.kill(os.getpid(), number)
-        assert stop.asked == number and "again to stop now" in capsys.readouterr().out
+        assert stop.asked == number and "again, 3 seconds later, to stop at once" in capsys.readouterr().out
         os.kill(os.getpid(), number)
         stop.since -= 4                                                  # seconds later
         with pytest.raises(SystemExit) as stopped:
@@ -234,23 +234,22 @@ def test_nohup_is_obeyed_unless_torchrun_would_kill(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     stop = pretrain.StopSignals()
     assert signal.getsignal(signal.SIGHUP) == stop.handle
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_processes_that_are_about_to_do_different_things_are_refused(images, monkeypatch):
+def test_processes_that_are_about_to_do_different_things_are_refused(monkeypatch):
     """Such as two machines, of which one has the run's folder."""
     others = {}
 
     def gather(theirs, mine):
-        theirs[:] = [mine, mine | others]
+        theirs[:] = [mine, mine | others, mine]
     monkeypatch.setattr(pretrain.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(pretrain.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(pretrain.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(pretrain.dist, "all_gather_object", gather)
-    args = resolved(images, *TINY)
-    pretrain.agree(args, 40)
-    others["first_step"] = 0
-    with pytest.raises(data.UserError, match="'first_step': 40.*'first_step': 0.*shared disk"):
-        pretrain.agree(args, 40)
+    mine = {"log_every": 20, "steps done": 40}
+    pretrain.agree(mine)
+    others["steps done"] = 0
+    with pytest.raises(data.UserError, match="differ in steps done: 0, 40: .*a disk that they share"):
+        pretrain.agree(mine)
 
 
 def test_short_epochs_are_not_all_saved(images, tmp_path, monkeypatch):
@@ -360,7 +359,8 @@ def test_unreadable_images_can_be_left_out_and_are_named(tmp_path, capsys, monke
     flags += ["--classes", "none"]
     assert pretrain.main(flags) == 0
     output = capsys.readouterr().out
-    assert "without 1 of 48 files" in output and "cannot be decoded" in output
+    assert f"{folder / 'train'}: 1 of 48 files cannot be read" in output and "cannot be decoded" in output
+    assert f"{folder / 'val'}: 1 of 48 files cannot be read" in output
     assert "left out, since no image: 1 .heic" in output
     assert "images that find their own view" in output and "kNN of" not in output
     assert json.loads((tmp_path / "run" / "args.json").read_text())["dataset"][:9] == "47 images"

@@ -153,9 +153,10 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
 
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)        # for features of length about 1
 MOST_NUMBERS = 2 ** 28                         # N x F that a probe is fitted to: 1 GiB
+MOST_STEPS = 200                               # of L-BFGS in a fit; easy fits end earlier
 
 
-def fit_softmax(x, y, classes, decay, steps=200, progress=None):
+def fit_softmax(x, y, classes, decay, steps=MOST_STEPS, progress=None):
     """Minimise mean cross entropy + decay / 2 |weight|^2: a convex problem, so by L-BFGS.
 
     x (N, F), y (N,) -> weight (F, classes), bias (classes,).
@@ -182,9 +183,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     weight_decay, held_out (the accuracy that chose it), rows (how many it was fitted to).
 
     Features are standardised by train's statistics and divided by sqrt(F). The weight decay is
-    chosen on a tenth of train, never on val; then all of train is fitted. Of equally
-    good decays the strongest is taken. With few labels that tenth is a few images, so the choice is
-    partly chance. Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
+    chosen on a tenth of train, never on val; then all of train is fitted. Of equally good decays
+    the strongest is taken. With few labels that tenth is a few images, so the choice is partly
+    chance. Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
     """
     order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)
     order = order[:MOST_NUMBERS // train_x.shape[1]]
@@ -200,8 +201,8 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
 
     judge = max(1, len(x) // 10)
     held_out = {}
-    most = 200 * (1 + len(decays))             # steps of L-BFGS; easy fits end earlier
-    progress = data.Progress(f"linear probe on {len(x):,} images, steps", most)
+    fits = len(decays) + 1
+    progress = data.Progress(f"linear probe on {len(x):,} images, steps", fits * MOST_STEPS)
     for decay in decays:
         weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay, progress=progress)
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])

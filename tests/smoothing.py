@@ -61,7 +61,6 @@ def copy_checkpoint(run, out, seed, smoothing):
     out.mkdir(parents=True)
     torch.save(state, out / "last.pt")
     (out / "args.json").write_text(json.dumps(state["settings"]))
-    (out / "log.csv").write_text("")
     return state
 
 
@@ -97,17 +96,17 @@ def choose_by_class():
                 yield crops, params, index
 
     def loss(q, k, queue, *, temperature, smoothing, **options):
-        _, info = plain_loss(q, k, queue, temperature=temperature, **options)
+        plain, info = plain_loss(q, k, queue, temperature=temperature, **options)
         directions = len(q) // len(seen.index)
         own = seen.labels[seen.index].repeat(directions)[:, None]
         same = own == seen.labels[seen.queue.index]                      # (n, K)
         negatives = q @ queue.T / temperature
-        positive = (q * k).sum(1, keepdim=True) / temperature
+        positive = (q * k).sum(1) / temperature
         chosen = (negatives.detach() + 1e6 * same).topk(NEIGHBORS).indices
         soft = negatives.gather(1, chosen).mean(1)
-        logits = torch.cat([positive, negatives], 1)
-        loss = logits.logsumexp(1) - (1 - smoothing) * logits[:, 0] - smoothing * soft
-        return loss.mean(), info | {"neighbors": chosen}
+        # The share `smoothing` of the target moves from the positive to the chosen keys.
+        loss = plain + smoothing * (positive - soft).mean()
+        return loss, info | {"neighbors": chosen}
 
     data.load_dataset = load
     pretrain.KeyQueue, pretrain.Batches, pretrain.soft_info_nce = Queue, Batches, loss

@@ -425,8 +425,8 @@ def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
     """At 224 px, whatever the run's size: it was made for large images."""
     weights = build_backbone("mobilenetv3_small").state_dict()
     torch.save(weights, tmp_path / "imagenet.pt")
-    lineval.main([str(run), "--against", str(tmp_path / "imagenet.pt"), "--encoder", "key", "--out",
-                  str(tmp_path), *FLAGS])
+    lineval.main([str(run), "--against", str(tmp_path / "imagenet.pt"), "--encoder", "key",
+                  "--shares", "0.01", "1", "--out", str(tmp_path), *FLAGS])
     assert "against imagenet" in capsys.readouterr().out
     backbone = build_backbone("mobilenetv3_small").eval()
     backbone.load_state_dict(weights)
@@ -435,6 +435,8 @@ def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
     found = json.loads((tmp_path / "lineval-key.json").read_text())["against imagenet"]
     spread = lineval.unit(x).double().var(0, correction=0).sum().sqrt().item()
     assert found["spread"] == pytest.approx(spread, rel=1e-4)
+    assert [row["labels"] for row in found["few_labels"]] == [3, 96]
+    assert found["few_labels"][1]["linear"] == found["linear_top1"]
 
 
 def test_own_old_keys_are_no_soft_positives(run, images, tmp_path, monkeypatch):

@@ -343,12 +343,13 @@ class Images:
         return f"{len(self)} images, {hashed}"
 
 
-def load_dataset(name_or_path, split, with_classes=True):
+def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     """An `Images` of "shapes", "cifar10", "cifar100", "stl10", or of a folder of images.
 
     A folder has train/ and val/ (or test/) inside, or is any tree. The class is the first folder
     below the split; an image in none, and without classes every image, has label -1. `split`:
-    "train" or "val". Raises UserError where nothing can be read.
+    "train" or "val". skip_unreadable: all files are decoded once, and those that fail are left
+    out. Raises UserError where nothing can be read.
     """
     if name_or_path in NAMES:
         if name_or_path in TORCHVISION:
@@ -377,7 +378,8 @@ def load_dataset(name_or_path, split, with_classes=True):
     numbers = {name: i for i, name in enumerate(names)} | {"": -1}
     labels = torch.tensor([numbers[name] for name in found])
     root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
-    return Images(root_name, paths, labels, names, folder, left_out)
+    dataset = Images(root_name, paths, labels, names, folder, left_out)
+    return leave_out_unreadable(dataset) if skip_unreadable else dataset
 
 
 def class_of(path):
@@ -522,14 +524,14 @@ def find_unreadable(dataset):
     return unreadable
 
 
-def skip_unreadable(dataset):
+def leave_out_unreadable(dataset):
     """The dataset without the files that cannot be read, which the first process looks for."""
     found = [find_unreadable(dataset) if is_first() else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     unreadable = found[0]
-    say(f"{dataset.root or dataset.name}: {len(unreadable)} of {len(dataset)} files cannot be "
-        f"read, and are left out")
+    say(f"{dataset.root}: {len(unreadable)} of {len(dataset)} files cannot be read, and are left "
+        f"out")
     for error in unreadable.values():
         say(f"  {error}")
     return dataset.without(list(unreadable))

@@ -368,9 +368,9 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     fifth of train, chosen at random, is held out. Raises UserError if either has fewer than two
     images.
     """
-    val = data.load_dataset(name, "val", with_classes) if data.has_val(name) else None
-    if val and skip_unreadable:
-        val = data.skip_unreadable(val)
+    val = None
+    if data.has_val(name):
+        val = data.load_dataset(name, "val", with_classes, skip_unreadable)
     labelled = len(train.labels[train.labels >= 0].unique()) > 1
     if labelled:
         train = train.labelled()
@@ -763,9 +763,7 @@ def evaluate(args, run, measured):
     name, arch = args.data or settings["data"], args.arch or settings["arch"]
     with_classes = (args.classes or ("folders" if args.data else settings["classes"])) != "none"
     skip = settings["skip_unreadable"]
-    whole = data.load_dataset(name, "train", with_classes)
-    if skip:
-        whole = data.skip_unreadable(whole)
+    whole = data.load_dataset(name, "train", with_classes, skip)
     own_data = whole.fingerprint() == settings["dataset"]
     train, val, labelled, note = load_splits(name, whole, args.seed, with_classes, skip)
     size = args.image_size or settings["image_size"] or data.default_image_size(whole)

@@ -201,8 +201,6 @@ def pretrain(args, stop):
     typed = vars(args).copy()                            # before the rest is filled in
     agree({name: value for name, value in typed.items() if name not in OF_A_MACHINE})
     dataset = load_in_turn(args)
-    if args.skip_unreadable:
-        dataset = data.skip_unreadable(dataset)
     resolve(args, dataset)
     check(args, len(dataset), world)
     amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_amp(args.amp))
@@ -335,7 +333,7 @@ def load_in_turn(args):
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if waits and not first:
         dist.barrier()
-    dataset = data.load_dataset(args.data, "train", args.classes != "none")
+    dataset = data.load_dataset(args.data, "train", args.classes != "none", args.skip_unreadable)
     if waits and first:
         dist.barrier()
     return dataset
@@ -547,7 +545,8 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-MAY_DIFFER = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
+# What may be another when the same command continues a run.
+MAY_CHANGE = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
               "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
 
 
@@ -587,7 +586,7 @@ def open_run(run, args):
 def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
     old, new = checkpoint.get("settings", {}), vars(args)
-    different = sorted(name for name in {*old, *new} - MAY_DIFFER if old.get(name) != new.get(name))
+    different = sorted(name for name in {*old, *new} - MAY_CHANGE if old.get(name) != new.get(name))
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
     if words:
         raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "

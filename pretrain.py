@@ -96,8 +96,10 @@ def scale_to(images, args):
     100, momentum 0.99, and its queue holds the keys of 10 steps.
 
     Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
-    of a small slice is a poor estimate. No smoothing: in short runs it has helped nothing.
+    of a small slice is a poor estimate. The warm-up is at most a tenth of the run. No smoothing: in
+    short runs it has helped nothing.
     """
+    recipe = RECIPES[args.recipe]
     if args.data == "shapes":
         scale = dict(batch_size=64, epochs=4, warmup_epochs=0.5, lr=0.06, temperature=0.2,
                      jitter_p=0.0, gray_p=0.0, blur_p=0.0)
@@ -108,12 +110,13 @@ def scale_to(images, args):
         if not fitting:
             return {}
         batch_size, epochs = sizes[min(fitting)]
-        scale = dict(batch_size=batch_size, epochs=epochs, lr=0.03)
+        warmup_epochs = min(recipe["warmup_epochs"], (args.epochs or epochs) / 10)
+        scale = dict(batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs, lr=0.03)
     batch_size = args.batch_size or scale["batch_size"]
     per_epoch = max(1, images // batch_size)
     steps = (args.epochs or scale["epochs"]) * per_epoch
     memory = min(1000, max(2, steps / 100))
-    symmetric = RECIPES[args.recipe]["symmetric"] if args.symmetric is None else args.symmetric
+    symmetric = recipe["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
     # At most half an epoch, so that few queries meet old keys of their own image.
     age = min(max(2, memory / 10), per_epoch / 2)

@@ -1,7 +1,13 @@
-"""When does smoothing pay? Two experiments beside the program; what came out is in assets/RESULTS.md.
+"""When does smoothing pay? Three experiments beside the program; what came out is in
+assets/RESULTS.md.
 
+    python tests/smoothing.py dose FOLDER OUT --seed 1 --share 0.6 --smoothing 0.4
     python tests/smoothing.py bursts FOLDER OUT --copies 8        # then pretrain.py --data OUT
     python tests/smoothing.py goon RUN OUT --seed 1 --treatment near
+
+dose: a run of five epochs, at 16 px, in which a share of the 20 keys that get the smoothing show
+the query's class. They are the nearest of that class, the others the nearest of other classes: the
+labels choose them, as no user could.
 
 bursts: a dataset in which each picture is there several times, as in videos: the nearest keys of a
 query are then right by construction.
@@ -12,7 +18,7 @@ a treatment. Treatments of one seed share weights, views and order, so they diff
     none    no smoothing
     near    0.2 on the query's 20 nearest keys
     ramp    the same, from 0 to 0.2 by half a cosine over what is left of the run
-    class   0.2 on 20 keys that show the query's class: the labels choose them, as no user could
+    class   0.2 on the 20 nearest keys of the query's class, by the labels
 """
 import argparse
 import json
@@ -72,9 +78,10 @@ def ramp_from(first_step, per_epoch, epochs):
     return smoothing_at
 
 
-def choose_by_class():
-    """Make `pretrain.soft_info_nce` smooth over keys of the query's class; where the queue has
-    fewer than 20, the nearest of other classes fill up."""
+def choose_by_class(share=1.0):
+    """Make `pretrain.soft_info_nce` smooth over 20 keys of which a share shows the query's class.
+    Where the queue has too few of them, the nearest of other classes fill up."""
+    right = round(share * NEIGHBORS)
     seen = SimpleNamespace()
     load_dataset, plain_loss = data.load_dataset, pretrain.soft_info_nce
 
@@ -102,7 +109,9 @@ def choose_by_class():
         same = own == seen.labels[seen.queue.index]                      # (n, K)
         negatives = q @ queue.T / temperature
         positive = (q * k).sum(1) / temperature
-        chosen = (negatives.detach() + 1e6 * same).topk(NEIGHBORS).indices
+        first_same = (negatives.detach() + 1e6 * same).topk(right).indices
+        first_other = (negatives.detach() - 1e6 * same).topk(NEIGHBORS - right).indices
+        chosen = torch.cat([first_same, first_other], 1)
         soft = negatives.gather(1, chosen).mean(1)
         # The share `smoothing` of the target moves from the positive to the chosen keys.
         loss = plain + smoothing * (positive - soft).mean()
@@ -110,6 +119,14 @@ def choose_by_class():
 
     data.load_dataset = load
     pretrain.KeyQueue, pretrain.Batches, pretrain.soft_info_nce = Queue, Batches, loss
+
+
+def give_dose(folder, out, seed, share, smoothing):
+    choose_by_class(share)
+    return pretrain.main([
+        "--data", str(folder), "--image-size", "16", "--epochs", "5", "--warmup-epochs", "0.5",
+        "--seed", str(seed), "--smoothing", str(smoothing), "--neighbors", str(NEIGHBORS),
+        "--knn-every", "5", "--workers", "0", "--out", str(out)])
 
 
 def go_on(run, out, seed, treatment):
@@ -130,13 +147,17 @@ def go_on(run, out, seed, treatment):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("bursts", "goon"))
+    parser.add_argument("what", choices=("dose", "bursts", "goon"))
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--treatment", default="none", choices=("none", "near", "ramp", "class"))
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--smoothing", type=float, default=SMOOTHING)
     args = parser.parse_args()
+    if args.what == "dose":
+        return give_dose(args.source, args.out, args.seed, args.share, args.smoothing)
     if args.what == "bursts":
         make_bursts(args.source, args.out, args.copies)
         return 0

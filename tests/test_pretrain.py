@@ -85,6 +85,16 @@ def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
     assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the recipe's own
 
 
+def test_the_warm_up_of_a_short_run_is_a_tenth_of_it():
+    """Three epochs of warm-up would be most of a first look."""
+    def warmup(recipe, epochs):
+        typed = pretrain.read_args(["--data", "x", "--recipe", recipe, "--epochs", str(epochs)])
+        return pretrain.scale_to(10_000, typed)["warmup_epochs"]
+
+    assert warmup("light", 200) == 3 and warmup("light", 4) == 0.4
+    assert warmup("moco_v2", 4) == 0
+
+
 @pytest.mark.parametrize("count", (32, 63, 100, 159, 1000))
 def test_a_small_folder_needs_no_flags(count):
     pictures = torch.randint(0, 255, (count, 3, 8, 8)).byte()

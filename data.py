@@ -231,11 +231,11 @@ def adjust_hue(x, turn):
     safe = torch.where(span == 0, 1, span)
     hue = torch.where(high == r, (g - b) / safe,
                       torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = (hue + 6 * turn[:, 0]).remainder_(6)
-    red = (hue - 3).abs_().sub_(1).clamp_(0, 1)                           # 3 is red's opposite
-    green = (hue - 2).abs_().neg_().add_(2).clamp_(0, 1)
-    blue = (hue - 4).abs_().neg_().add_(2).clamp_(0, 1)
-    return torch.stack([red, green, blue], 1).mul_(span[:, None]).add_(low[:, None])
+    hue = (hue + 6 * turn[:, 0]) % 6
+    red = ((hue - 3).abs() - 1).clamp(0, 1)                               # 3 is red's opposite
+    green = (2 - (hue - 2).abs()).clamp(0, 1)
+    blue = (2 - (hue - 4).abs()).clamp(0, 1)
+    return low[:, None] + span[:, None] * torch.stack([red, green, blue], 1)
 
 
 COLOR_STEPS = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
@@ -313,15 +313,10 @@ class Images:
         return os.path.join(self.root, self.pictures[index])
 
     def select(self, rows):
-        """The dataset of some rows (N,) of this one."""
+        """The dataset of some rows of this one: their numbers, or a mask (N,)."""
         part = copy.copy(self)
         part.pictures, part.labels = self.pictures[rows.numpy()], self.labels[rows]
         return part
-
-    def labelled(self):
-        """The dataset of the images with a label: itself if all have one."""
-        known = self.labels >= 0
-        return self if known.all() else self.select(known.nonzero().flatten())
 
     def without(self, rows):
         """The dataset less a list of rows, which cannot be read."""
@@ -331,7 +326,7 @@ class Images:
         keep[rows] = False
         if not keep.any():
             raise UserError(f"none of the {len(self)} images in {self.root!r} can be read")
-        return self.select(keep.nonzero().flatten())
+        return self.select(keep)
 
     def fingerprint(self):
         """To tell this dataset from others: by its pixels or the names of its files."""
@@ -368,15 +363,17 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     if not paths:
         raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
     found = [class_of(path) if with_classes else "" for path in paths]
-    # val's classes are numbered as train's
-    names = found if split == "train" or not with_classes else map(class_of, find_images(train)[0])
-    names = sorted({*names} - {""})
+    known = {*found}
+    if with_classes and split == "val":        # val's classes are numbered as train's
+        known = {class_of(path) for path in find_images(train)[0]}
+    names = sorted(known - {""})
+    # Of such names as test/unknown/ none is a class; where some are, the others are misspelt.
     unknown = sorted({*found} - {*names, ""})
-    if unknown:
+    if unknown and {*found} & {*names}:
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
-    numbers = {name: i for i, name in enumerate(names)} | {"": -1}
-    labels = torch.tensor([numbers[name] for name in found])
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([numbers.get(name, -1) for name in found])
     root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
     dataset = Images(root_name, paths, labels, names, folder, left_out)
     return leave_out_unreadable(dataset) if skip_unreadable else dataset
@@ -566,7 +563,8 @@ def signed_distances(u, v):
     }
 
 
-SHAPES = list(signed_distances(torch.zeros(()), torch.zeros(())))
+AREAS = {name: area for name, (_, area) in signed_distances(torch.zeros(1), torch.zeros(1)).items()}
+SHAPES = list(AREAS)
 
 
 def draw_shapes(count, seed):
@@ -587,18 +585,18 @@ def draw_lattices(labels, draws):
     n = len(labels)
     ink = torch.empty(n, TILES * TILES, TILE, TILE)
     grid = (torch.arange(TILE) + 0.5) / TILE * 2 - 1                      # pixels of a tile
-    _, areas = zip(*signed_distances(torch.zeros(()), torch.zeros(())).values())
     for label in labels.unique().tolist():
         mine = labels == label
         scale, angle, x, y = draws[mine][..., None, None].unbind(2)       # (m, 9, 1, 1) each
-        radius = (0.55 + 0.4 * scale) * (AREA / areas[label]) ** 0.5      # in half tiles
+        name = SHAPES[label]
+        radius = (0.55 + 0.4 * scale) * (AREA / AREAS[name]) ** 0.5       # in half tiles
         turn = (2 * angle - 1) * math.radians(20)
         room = (1 - radius).clamp(min=0)
         dx = grid[None, :] - (2 * x - 1) * room                           # from the copy's centre
         dy = grid[:, None] - (2 * y - 1) * room
         u = (turn.cos() * dx + turn.sin() * dy) / radius
         v = (turn.cos() * dy - turn.sin() * dx) / radius
-        distance, _ = signed_distances(u, v)[SHAPES[label]]
+        distance, _ = signed_distances(u, v)[name]
         pixels = distance * TILE / 2 * radius                             # the edge: 1 px soft
         ink[mine] = (0.5 - pixels).clamp(0, 1)
     # (n, tile's row, its column, pixel's row, its column): all that makes a picture's row adjacent.
@@ -639,23 +637,26 @@ def draw_view_pairs(two_views, path, count=8):
     grid = make_grid(images, nrow=len(picks), padding=2, pad_value=1.0)
     picture = TF.to_pil_image(grid)
     factor = max(1, round(96 / two_views.size))
-    picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
+    with writing(path):
+        picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
 
 
 def iterate(views, batches, workers, batch_size, pin_memory=False):
     """Yield crops, params, index of each list of items in `batches`, of at most `batch_size`.
 
-    Raises LocalError for an image that cannot be read, and where workers would run out of shared
-    memory, which would hang them.
+    Raises LocalError for an image that cannot be read.
     """
-    # Two views, and as many of an evaluation beside the training.
-    views_an_image = 4 if isinstance(views, TwoViews) else 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))        # processes that share this machine
-    ready = here * workers * 2                               # batches
-    needed = ready * batch_size * views_an_image * 3 * views.size ** 2
-    if os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").total:
-        raise LocalError(f"{here * workers} workers need {needed >> 20} MiB of shared memory, more "
-                         f"than there is: pass fewer --workers (0: none), or docker run --shm-size")
+    # Each worker keeps two batches ready in shared memory, and hangs where they do not fit.
+    if workers and os.path.isdir("/dev/shm"):
+        # Of two views each, and in training as many of an evaluation beside it.
+        views_an_image = 4 if isinstance(views, TwoViews) else 1
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # processes that share this machine
+        each = here * 2 * batch_size * views_an_image * 3 * views.size ** 2
+        fitting = shutil.disk_usage("/dev/shm").total // each
+        if fitting < workers:
+            say(f"shared memory has room for {fitting} of {workers} loader workers: it is small in "
+                f"containers; docker run --shm-size enlarges it")
+            workers = fitting
     # Forked workers share the list of files, and a signal to all processes ends none that is just
     # starting. From Python 3.14 on this must be asked for.
     fork = "fork" if workers and sys.platform == "linux" else None
@@ -665,12 +666,12 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
 
 
 def outlive_signals(_):
-    """For loader workers: Ctrl-C, SIGTERM and a lost terminal reach them too, but the trainer
-    decides, and may still need batches. SIGTERM ends a worker a minute later, so that none stays
-    behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):                             # not on Windows
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """For loader workers: the signals that ask to stop reach them too, but the trainer decides, and
+    may still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):                            # Windows has one of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
@@ -678,10 +679,11 @@ def own_device():
     """The GPU of this process, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise LocalError(f"more processes than this machine's {gpus} GPUs: pass "
-                         f"--nproc_per_node={gpus} to torchrun")
+    gpus = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        raise UserError(f"more processes than this machine's {gpus} GPUs: pass "
+                        f"--nproc_per_node={gpus} to torchrun")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -757,13 +759,14 @@ def refuse(message):
 
 
 def run_main(main):
-    """Exit with what `main` returns; for a UserError with one line, of one process, and code 2."""
+    """Exit with what `main` returns; for a UserError with one line, of one process on each machine,
+    and code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
     try:
         sys.exit(main())
     except UserError as error:
         traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
-        if is_first() or isinstance(error, LocalError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LocalError):
             print("error: " + last_line(error), file=sys.stderr, flush=True)
         sys.exit(2)
 

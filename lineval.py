@@ -69,14 +69,12 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     items = [(0, row) for row in mine]         # of epoch 0
     batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
-    features = None
+    parts = []
     for crops, params, _ in data.iterate(views, batches, workers, batch_size):
-        out = torch.stack([net(data.augment(crop.to(device), numbers))
-                           for crop, numbers in zip(crops, params)], 1).cpu()       # (B, V, F)
-        if features is None:                   # at once, for there may be many
-            features = out.new_empty(each, *out.shape[1:])
-        features[progress.done:progress.done + len(out)] = out
-        progress.advance(len(out))
+        out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
+        parts.append(torch.stack(out, 1).cpu())                          # (B, V, F)
+        progress.advance(len(parts[-1]))
+    features = torch.cat(parts)
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
     return features[:n].transpose(0, 1)
@@ -109,12 +107,15 @@ def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
     At most about `most` pairs are in memory at a time.
     """
     others = others.to(device)
+    half = torch.linalg.vector_norm(others, dim=1).square() / 2
     distances, rows = [], []
     progress = data.Progress("nearest images", len(x))
     for part in x.split(max(1, most // len(others))):
-        distance = torch.cdist(part.to(device), others)
-        best = distance.topk(min(k, len(others)), largest=False)
-        distances.append(best.values.cpu())
+        part = part.to(device)
+        # |x - o|^2 = |x|^2 - 2 (x . o - |o|^2 / 2): the nearest have the largest brackets.
+        best = (part @ others.T - half).topk(min(k, len(others)))
+        square = part.square().sum(1, keepdim=True) - 2 * best.values
+        distances.append(square.clamp(min=0).sqrt().cpu())
         rows.append(best.indices.cpu())
         progress.advance(len(part))
     return torch.cat(distances), torch.cat(rows)
@@ -202,7 +203,9 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     judge = max(1, len(x) // 10)
     held_out = {}
     fits = len(decays) + 1
-    progress = data.Progress(f"linear probe on {len(x):,} images, steps", fits * MOST_STEPS)
+    # L-BFGS evaluates up to 5 / 4 as often as it steps.
+    most = fits * MOST_STEPS * 5 // 4
+    progress = data.Progress(f"linear probe on {len(x):,} images, steps", most)
     for decay in decays:
         weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay, progress=progress)
         held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
@@ -364,23 +367,24 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     """`train`: that split of dataset `name` -> (train, val, labelled, note): both splits, less the
     images without a label if `labelled`, and what to tell the user.
 
-    With fewer than two classes there are no labels, and all images stay. Without a val split a
-    fifth of train, chosen at random, is held out. Raises UserError if either has fewer than two
-    images.
+    With fewer than two classes there are no labels, and all images stay. Without a val split, or
+    without labels there, a fifth of train, chosen at random, is held out. Raises UserError if
+    either has fewer than two images.
     """
     val = None
     if data.has_val(name):
         val = data.load_dataset(name, "val", with_classes, skip_unreadable)
     labelled = len(train.labels[train.labels >= 0].unique()) > 1
     if labelled:
-        train = train.labelled()
-        val = val and val.labelled()
+        train = train.select(train.labels >= 0)
+        if val:                                # it may lie flat, as of many competitions
+            val = val.select(val.labels >= 0) if (val.labels >= 0).any() else None
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)
         cut = round(HELD_OUT * len(order))
-        note = (f"; no val split, so {cut} of {len(order)} images are held out here (a run on this "
-                f"folder was trained on them)")
+        note = (f"; no val split{' with labels' * labelled}, so {cut} of {len(order)} images are "
+                f"held out here (a run on this folder was trained on them)")
         val, train = (train.select(rows.sort().values) for rows in (order[:cut], order[cut:]))
     if min(len(train), len(val)) < 2:
         raise UserError(f"{name} has {len(train)} training and {len(val)} validation images"
@@ -856,6 +860,10 @@ def read_flags(argv):
     args = parser.parse_args(argv)
     if not all(0 < share <= 1 for share in args.shares):
         raise UserError(f"--shares {args.shares}: must lie above 0 and be at most 1")
+    for name, least in (("seed", 0), ("workers", 0), ("epochs", 1), ("image_size", 8)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.weights and not args.arch:
         raise UserError(f"--weights {args.weights} needs --arch: one of {', '.join(ARCHS)}")
     if args.weights and args.runs:

@@ -95,37 +95,39 @@ def scale_to(images, args):
     most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
     100, momentum 0.99, and its queue holds the keys of 10 steps.
 
-    Small batches, for there are few steps otherwise; and few slices of batch norm, since the mean
-    of a small slice is a poor estimate. The warm-up is at most a tenth of the run. No smoothing: in
-    short runs it has helped nothing.
+    Steps count more than the size of a batch: it is the largest of 64, 128, 256 and 512 that leaves
+    20,000 of them. Slices of batch norm have 32 images, since the mean of fewer is a poor estimate,
+    but there are no more slices than the recipe's 8. The warm-up is at most a tenth of the run. No
+    smoothing: in short runs it has helped nothing.
     """
     recipe = RECIPES[args.recipe]
+    if images > 200_000:
+        return {}
     if args.data == "shapes":
         scale = dict(batch_size=64, epochs=4, warmup_epochs=0.5, lr=0.06, temperature=0.2,
                      jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+        epochs = args.epochs or scale["epochs"]
     else:
-        # up to so many images: batch, epochs
-        sizes = {500: (32, 400), 2_000: (64, 400), 20_000: (64, 200), 200_000: (512, 200)}
-        fitting = [size for size in sizes if images <= size]
-        if not fitting:
-            return {}
-        batch_size, epochs = sizes[min(fitting)]
-        warmup_epochs = min(recipe["warmup_epochs"], (args.epochs or epochs) / 10)
-        scale = dict(batch_size=batch_size, epochs=epochs, warmup_epochs=warmup_epochs, lr=0.03)
+        epochs = args.epochs or (400 if images <= 2_000 else 200)
+        batch_size = 32 if images <= 500 else 64
+        while batch_size < min(512, images / 16) and epochs * images / (2 * batch_size) >= 20_000:
+            batch_size *= 2
+        scale = dict(batch_size=batch_size, epochs=epochs, lr=0.03,
+                     warmup_epochs=min(recipe["warmup_epochs"], epochs / 10))
     batch_size = args.batch_size or scale["batch_size"]
     per_epoch = max(1, images // batch_size)
-    steps = (args.epochs or scale["epochs"]) * per_epoch
-    memory = min(1000, max(2, steps / 100))
+    memory = min(1000, max(2, epochs * per_epoch / 100))
     symmetric = recipe["symmetric"] if args.symmetric is None else args.symmetric
     keys_a_step = batch_size * (2 if symmetric else 1)
     # At most half an epoch, so that few queries meet old keys of their own image.
     age = min(max(2, memory / 10), per_epoch / 2)
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
-    while bn_splits < 8 and batch_size / bn_splits > 64:     # images a slice: 512 / 8
+    while bn_splits < 8 and batch_size / bn_splits > 32:
         bn_splits *= 2
     return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=queue_size,
-                        bn_splits=bn_splits, smoothing=0.0)
+                        bn_splits=bn_splits, smoothing=0.0,
+                        neighbors=min(recipe["neighbors"], queue_size))
 
 
 # ------------------------------------------------- the method
@@ -367,7 +369,7 @@ def distribute(encoder, device):
 
 
 def mean_over_processes(device, **numbers):
-    """The mean of each number over all processes: the one place where they agree."""
+    """The mean of each number over all processes, which therefore decide alike on its grounds."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach()
                           for value in numbers.values()])
     if dist.is_initialized():
@@ -391,18 +393,26 @@ def average_buffers(*encoders):
 # ------------------------------------------------- batches and reports
 
 class Batches:
-    """The loader's batches, on the device, with a stopwatch that starts after `ready` of them."""
+    """The loader's batches, on the device, with a stopwatch.
+
+    For a dry run (`ready` > 0) it starts after so many batches, since the first steps are slow and
+    the first batches lay ready, or half a minute after the first step; a minute later it ends.
+    """
 
     def __init__(self, loader, device, ready=0):
-        self.loader, self.device = loader, device
-        self.timed = -ready                    # batches since the stopwatch was started
-        self.start, self.waited = time.perf_counter(), 0.0
+        self.loader, self.device, self.ready = loader, device, ready
+        self.start = time.perf_counter()
+        self.timed, self.waited = 0, 0.0       # batches since then, seconds of waiting for them
 
     def __iter__(self):
         asked = time.perf_counter()
-        for crops, params, index in self.loader:
-            if self.timed == 0:
-                self.start, self.waited = asked, 0.0
+        for number, (crops, params, index) in enumerate(self.loader):
+            if number < 2:
+                first_step_done = asked
+            if number <= self.ready and asked - first_step_done < 30:
+                self.start, self.timed, self.waited = asked, 0, 0.0
+            elif self.ready and asked - self.start > 60:
+                return
             self.waited += time.perf_counter() - asked
             self.timed += 1
             crops = crops.to(self.device, non_blocking=True)
@@ -460,8 +470,8 @@ class Log:
             raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
                             f"if any, is kept; try a lower --lr, a longer --warmup-epochs, or "
                             f"--amp off")
-        deviation = torch.cat(keys).double().std(0).mean().item()
-        numbers["spread"] = deviation * math.sqrt(self.args.dim)     # 1: everywhere, 0: all alike
+        variance = torch.cat(keys).double().var(0, correction=0).sum().item()
+        numbers["spread"] = math.sqrt(variance)                      # 1: everywhere, 0: all alike
         if numbers["known"]:
             numbers["same_class"] = numbers["same"] / numbers["known"]
             numbers["same_class_chance"] = self.args.same_class_chance
@@ -559,7 +569,7 @@ def default_run(args, typed, dataset):
     default = vars(read_args([]))
     for setting in (*MOCO_V2, "image_size", "amp", "init", "classes"):
         if typed[setting] != default[setting]:
-            value = "_".join(map(str, typed[setting] if setting == "jitter" else [typed[setting]]))
+            value = str(typed[setting]).strip("[]").replace(", ", "_")         # of a list
             name += f"-{setting}{Path(value).name}"
     return Path("runs") / name[:200]
 
@@ -673,7 +683,7 @@ def read_args(argv=None):
     # Not --run: torchrun would take that for its own --run-path.
     add("--out", metavar="RUN", help="folder (default: runs/DATA-ARCH-RECIPE-SEED-changes)")
     add("--restart", action="store_true", help="start afresh in the run's folder")
-    add("--dry-run", action="store_true", help="a few steps: speed, memory, time; writes nothing")
+    add("--dry-run", action="store_true", help="a few steps: speed, memory, time; no run")
     add("--skip-unreadable", action="store_true", help="train without files that cannot be read")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
         help="auto: on a GPU bf16, or fp16; off on a CPU")
@@ -687,7 +697,6 @@ def read_args(argv=None):
         "symmetric": dict(action=argparse.BooleanOptionalAction),
         "smoothing_schedule": dict(choices=("constant", "cosine")),
         "weighting": dict(choices=WEIGHTINGS),
-        "hidden_dim": dict(type=width),
         "jitter": dict(type=float, nargs=4, metavar=("B", "C", "S", "H")),
     }
     for name, value in MOCO_V2.items():
@@ -724,17 +733,14 @@ def resolve(args, dataset):
 
 def hidden_width(text, arch):
     """"2x" -> twice the feature's width; "2048" -> 2048."""
-    if not text.endswith("x"):
-        return int(text)
-    with torch.device("meta"):
-        return round(float(text[:-1]) * ARCHS[arch]().feature_dim)
-
-
-def width(text):
-    """For argparse: what hidden_width reads, as it is, or ValueError."""
-    number = float if text.endswith("x") else int
-    number(text.removesuffix("x"))
-    return text
+    try:
+        if not text.endswith("x"):
+            return int(text)
+        with torch.device("meta"):
+            return round(float(text[:-1]) * ARCHS[arch]().feature_dim)
+    except ValueError:
+        raise UserError(f"--hidden-dim {text}: pass a number, or 2x for twice the feature's "
+                        f"width") from None
 
 
 def resolve_amp(amp):
@@ -798,7 +804,8 @@ def check(args, images, world):
 def announce(args, typed, dataset, world, device, run, first_step, total_steps):
     """Say what is about to run, and which settings differ from the recipe, and why."""
     n, splits = args.batch_size // world, args.bn_splits // world
-    say(f"{dataset.name}: {len(dataset)} images, {total_steps // args.epochs} steps an epoch; "
+    per_epoch = total_steps // args.epochs
+    say(f"{dataset.root or dataset.name}: {len(dataset)} images, {per_epoch} steps an epoch; "
         f"{world} process{'es' * (world > 1)} on {device.type}, {n} images each, {splits} "
         f"batch-norm slices of {n // splits}")
     if dataset.left_out:
@@ -810,7 +817,8 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
         if name == "hidden_dim":
             value = hidden_width(value, args.arch)
         if now != value:
-            why = "typed" if typed[name] is not None else f"for {len(dataset)} images"
+            size = f" of {args.image_size} px" * (name == "blur_p")
+            why = "typed" if typed[name] is not None else f"for {len(dataset)} images{size}"
             say(f"  {name:14s} {now} instead of {value}, {why}")
     if first_step:
         say(f"continuing {run} after step {first_step} of {total_steps}")

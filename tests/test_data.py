@@ -2,6 +2,7 @@
 import errno
 import io
 import os
+import signal
 import struct
 import weakref
 import zlib
@@ -244,17 +245,48 @@ def first_batch(views, workers=1, batch_size=2):
     return next(data.iterate(views, [[(0, 0), (0, 1)]], workers, batch_size))
 
 
-def test_too_little_shared_memory_is_one_line_before_the_start(monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20))
+@pytest.mark.parametrize("workers, processes, used", ((2, 1, 2), (3, 1, 2), (0, 1, 0), (1, 4, 0)))
+def test_no_more_workers_than_fit_into_shared_memory(monkeypatch, capsys, workers, processes, used):
+    """40 MiB of it, and batches of 3072 images of 3 kB: two for each worker, 18 MiB."""
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(total=40 << 20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))    # they share it
     views = CenterView([(random_picture(32, 32), 0)] * 2, 32)
-    with pytest.raises(LocalError, match="72 MiB.*--workers.*--shm-size") as error:
-        first_batch(views, workers=4, batch_size=3072)        # of 3 kB: 9 MiB a batch
-    assert "\n" not in str(error.value)
-    first_batch(views, workers=0, batch_size=3072)            # needs none
-    first_batch(views, workers=1, batch_size=3072)            # 18 MiB
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")               # processes of this machine share it
-    with pytest.raises(LocalError, match="4 workers need 72 MiB"):
-        first_batch(views, workers=1, batch_size=3072)
+    counts = []
+
+    class Loader(data.DataLoader):
+        def __init__(self, *args, num_workers, **options):
+            counts.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **options)
+    monkeypatch.setattr(data, "DataLoader", Loader)
+    first_batch(views, workers, batch_size=3072)
+    assert counts == [used]
+    assert (f"room for {used} of {workers}" in capsys.readouterr().out) == (used < workers)
+
+
+def test_signals_that_ask_to_stop_end_no_worker():
+    """They go to all processes of a group; the trainer alone decides."""
+    class Signalled(CenterView):
+        def __getitem__(self, item):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            return super().__getitem__(item)
+
+    crops, _, _ = first_batch(Signalled([(random_picture(32, 32), 0)] * 2, 32))
+    assert crops.shape == (1, 2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("local_rank, error, shown", (
+    ("0", UserError, True), ("1", UserError, False), ("1", LocalError, True)))
+def test_one_process_of_each_machine_prints_an_error(monkeypatch, capsys, local_rank, error, shown):
+    """Here one of the second machine; what a process alone may have seen, it prints itself."""
+    def main():
+        raise error("the words")
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(SystemExit) as exit_code:
+        data.run_main(main)
+    assert exit_code.value.code == 2
+    assert capsys.readouterr().err == "error: the words\n" * shown
 
 
 def test_an_unreadable_file_is_named_from_inside_a_worker(tree):
@@ -343,6 +375,10 @@ def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
     write_tree(tmp_path / "split", 6, ("val",), classes="abz")
     with pytest.raises(UserError, match="class 'z' that .*train' has not"):
         load_dataset(str(tmp_path / "split"), "val")
+    # Where no folder of val is a class, such as test/unknown/, its images have no labels.
+    write_tree(tmp_path / "unknown", 6, ("train",))
+    write_tree(tmp_path / "unknown", 6, ("test",), classes="z")
+    assert load_dataset(str(tmp_path / "unknown"), "val").labels.tolist() == [-1] * 6
 
     def offline(*_, **__):
         raise OSError("no route to host")

@@ -289,6 +289,19 @@ def test_held_out_fifth_is_keyed_and_disjoint(tmp_path):
         assert parts[0] == parts[1] != parts[2]
 
 
+def test_a_val_split_without_labels_is_not_used(tmp_path):
+    """As in many competitions: train/CLASS/..., and a flat test/."""
+    write_images(tmp_path, 60, splits=("images/train",))
+    (tmp_path / "images" / "test").mkdir()
+    for path in sorted((tmp_path / "images" / "train").rglob("*.png"))[:5]:
+        (tmp_path / "images" / "test" / path.name).write_bytes(path.read_bytes())
+    name = str(tmp_path / "images")
+    whole = data.load_dataset(name, "train")
+    train, val, labelled, note = lineval.load_splits(name, whole)
+    assert labelled and (len(train), len(val)) == (48, 12)
+    assert (val.labels >= 0).all() and "no val split with labels, so 12 of 60" in note
+
+
 def test_while_training(images):
     encoder = Encoder("mobilenetv3_small", 16, 32, small_images=True).eval()
     options = dict(device=torch.device("cpu"), workers=0)

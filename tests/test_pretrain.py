@@ -85,6 +85,19 @@ def test_a_short_run_gets_a_fast_key_encoder_and_a_fresh_queue():
     assert pretrain.scale_to(1_281_167, typed) == {}              # ImageNet: the recipe's own
 
 
+@pytest.mark.parametrize("images, epochs, batch, slices", (
+    (300, None, 32, 2), (300, 20_000, 32, 2), (1000, None, 64, 2), (10_000, None, 64, 2),
+    (50_000, 8, 64, 2), (50_000, 100, 128, 4), (50_000, None, 256, 8), (50_000, 800, 512, 8),
+    (200_000, None, 512, 8)))
+def test_the_batch_grows_with_the_steps_of_a_run(images, epochs, batch, slices):
+    """The largest that leaves 20,000 steps; 200 epochs, up to 2,000 images 400."""
+    typed = pretrain.read_args(["--data", "x"])
+    typed.epochs = epochs
+    scale = pretrain.scale_to(images, typed)
+    assert scale["batch_size"] == batch and scale["bn_splits"] == slices
+    assert scale["epochs"] == epochs or scale["epochs"] == (400 if images <= 2_000 else 200)
+
+
 def test_the_warm_up_of_a_short_run_is_a_tenth_of_it():
     """Three epochs of warm-up would be most of a first look."""
     def warmup(recipe, epochs):
@@ -95,11 +108,12 @@ def test_the_warm_up_of_a_short_run_is_a_tenth_of_it():
     assert warmup("moco_v2", 4) == 0
 
 
+@pytest.mark.parametrize("direction", ([], ["--no-symmetric"]))
 @pytest.mark.parametrize("count", (32, 63, 100, 159, 1000))
-def test_a_small_folder_needs_no_flags(count):
+def test_a_small_folder_needs_no_flags(count, direction):
     pictures = torch.randint(0, 255, (count, 3, 8, 8)).byte()
     dataset = data.Images("few", pictures, torch.arange(count) % 2, ["a", "b"])
-    args = pretrain.read_args(["--data", "few"])
+    args = pretrain.read_args(["--data", "few", *direction])
     pretrain.resolve(args, dataset)
     pretrain.check(args, count, world=1)
 
@@ -198,6 +212,20 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
     output = capsys.readouterr().out
     assert all(words in output for words in ("images/s", "peak memory", "hours"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds, timed", ((0.1, 10), (3, 10), (20, 4), (100, 1)))
+def test_a_dry_run_of_slow_steps_ends_after_minutes(monkeypatch, seconds, timed):
+    """Five batches lie ready; the clock starts after them or after 30 s, and ends after a minute."""
+    clock = [0.0]
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: clock[0])
+    loader = [(torch.zeros(()), None, torch.zeros(()))] * 15
+    batches = pretrain.Batches(loader, torch.device("cpu"), ready=5)
+    for _ in batches:
+        clock[0] += seconds
+    assert batches.timed == timed
+    assert batches.seconds() / batches.timed == pytest.approx(seconds)
+    assert clock[0] <= 30 + 60 + 3 * seconds
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -263,6 +263,12 @@ def test_no_more_workers_than_fit_into_shared_memory(monkeypatch, capsys, worker
     assert (f"room for {used} of {workers}" in capsys.readouterr().out) == (used < workers)
 
 
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    views = TwoViews([(random_picture(32, 32), 0)] * 2, 32)
+    with pytest.raises(UserError, match="cannot write .*nowhere/views.png"):
+        data.draw_view_pairs(views, tmp_path / "nowhere" / "views.png")
+
+
 def test_signals_that_ask_to_stop_end_no_worker():
     """They go to all processes of a group; the trainer alone decides."""
     class Signalled(CenterView):

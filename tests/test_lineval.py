@@ -507,6 +507,8 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         (["--weights", "bad.pt"], ["--arch"]),
         (["--arch", "vit"], ["vit", "resnet18"]),
         ([str(run), "--shares", "0"], ["--shares", "above 0"]),
+        ([str(run), "--workers", "-1"], ["--workers -1", "at least 0"]),
+        ([str(run), "--image-size", "4"], ["--image-size 4", "at least 8"]),
         ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
         ([str(run), *bare, "resnet18.pt"], ["resnet18.pt", "instead of a run", "--against"]),
         ([str(run), "--against", str(run / "backbone.pt")], ["backbone.pt", "RUN1 RUN2"]),

@@ -195,7 +195,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     x, y = train_x[order].to(device), train_y[order].to(device)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     constant = var <= 1e-12 * var.max()        # relative: a random network's features can be tiny
-    var[constant] = torch.inf                  # so that they become 0
+    var[constant] = torch.inf                  # so that they become 0, and not 0 / 0
     mean, scale = mean.float(), (var * x.shape[1]).sqrt().float()
     x = (x - mean) / scale
     classes = int(train_y.max()) + 1
@@ -270,7 +270,8 @@ def finetune(net, train, val, size, *, seed=0, **options):
 
 
 def some_labels(labels, share, seed):
-    """Keyed positions of a share of `labels` (N,), in order, at least one of each class."""
+    """Positions of a random share of `labels` (N,), in order, at least one of each class; the same
+    ones for the same seed."""
     order = data.permutation(len(labels), data.SAMPLE, seed, 5)
     first = torch.cat([order[labels[order] == c][:1] for c in labels.unique()])
     rest = order[~torch.isin(order, first)]
@@ -301,7 +302,8 @@ def find_own(x, positive):
 
 
 def mean_distance(x):
-    """Mean |x_i - x_j|^2 over all pairs i != j: twice the variance, in all dimensions."""
+    """Mean |x_i - x_j|^2 over all pairs i != j: twice the unbiased variance, summed over the
+    dimensions."""
     return 2 * x.double().var(0).sum().item()
 
 
@@ -528,7 +530,7 @@ def verdict(trained, random, log=()):
         return "learnt something: clearly better than random"
     gained = history[-1] - history[-1 - len(history) // 3]
     if gained > 0.01:
-        return "learnt something and still rising: more epochs would most likely help"
+        return "learnt something and still rising: more epochs may help"
     if gained < -0.02:
         return "learnt something, but was better a third of the run ago: a lower --lr may help"
     return "done: clearly better than random, and the last third of the run added nothing"

@@ -38,8 +38,8 @@ class Encoder(nn.Module):
             elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and slice_size:
                 raise ValueError(f"{type(layer).__name__} knows no slices: use models.BatchNorm2d")
             elif isinstance(layer, nn.Linear):
-                # Ours. MobileNetV3's last layer has small weights: beside torch's random biases
-                # they would hardly count, and all embeddings would start in a narrow cone.
+                # In neither paper. MobileNetV3's last layer has small weights: beside torch's random
+                # biases they would hardly count, and all embeddings would start in a narrow cone.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -55,7 +55,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     The running statistics move once a forward, towards the mean over the slices. The convolutions
     keep their full batch: on a CPU up to 2 x faster than a loop around the whole network.
-    Momentum is torch's 0.1, as in both papers' MobileNetV3; torchvision's 0.01 there lags behind.
+    Momentum is torch's 0.1; torchvision's for MobileNetV3, 0.01, would lag behind a short run.
     """
     slice_size = None
 

@@ -558,7 +558,8 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-# What may be another when the same command continues a run.
+# What may be another when the same command continues a run: also where the images lie, for their
+# fingerprint is compared.
 MAY_CHANGE = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
               "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
 
@@ -668,8 +669,9 @@ def write(path, content):
 
 def read_args(argv=None):
     """The command line -> args; settings of the recipes are None where not given."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What the recipes' settings mean stands beside them, at the top of pretrain.py.")
     parser.error = data.refuse
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10, cifar100, stl10, or a folder of images")

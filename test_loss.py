@@ -53,15 +53,15 @@ def definition(q, k, queue, temperature, smoothing, neighbors, weighting):
 @pytest.mark.parametrize("smoothing, neighbors, weighting", SETTINGS)
 def test_value_and_gradient_are_the_definitions(smoothing, neighbors, weighting):
     k, queue = unit_rows(5, 8, seed=1), unit_rows(40, 8, seed=2)
-    slow = unit_rows(5, 8, seed=3).requires_grad_()
-    fast = unit_rows(5, 8, seed=3).requires_grad_()
-    expected = definition(slow, k, queue, 0.2, smoothing, neighbors, weighting)
-    found, _ = soft_info_nce(fast, k, queue, temperature=0.2, smoothing=smoothing,
+    q = unit_rows(5, 8, seed=3).requires_grad_()
+    same_q = unit_rows(5, 8, seed=3).requires_grad_()
+    expected = definition(same_q, k, queue, 0.2, smoothing, neighbors, weighting)
+    found, _ = soft_info_nce(q, k, queue, temperature=0.2, smoothing=smoothing,
                              neighbors=neighbors, weighting=weighting)
     expected.backward()
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(q.grad, same_q.grad, rtol=1e-11, atol=1e-12)
 
 
 # ----------------------------------------------------------------- 2. worked by hand
@@ -132,7 +132,8 @@ def test_without_smoothing_it_is_cross_entropy():
 
 
 def test_even_smoothing_is_label_smoothing():
-    """torch smooths over all 1 + K choices, we over the K negatives: our s is its K / (1 + K)."""
+    """torch spreads it over all 1 + K choices: the share K / (1 + K) of it falls on the negatives,
+    and that is our s."""
     q, k, queue = unit_rows(7, 16, seed=1), unit_rows(7, 16, seed=2), unit_rows(300, 16, seed=3)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.1
     expected = F.cross_entropy(logits, torch.zeros(7, dtype=torch.long), label_smoothing=0.2)

@@ -44,6 +44,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="per 256 images")
     parser.add_argument("--warmup-epochs", type=float, default=1.0)
+    parser.add_argument("--knn-every", type=int, default=1, metavar="EPOCHS")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -74,7 +75,7 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % per_epoch == 0:
+        if (step + 1) % (args.knn_every * per_epoch) == 0:
             knn, top1 = evaluate(backbone, head, train, val, args.image_size)
             row = [step // per_epoch + 1, step + 1, loss.item(), knn, top1]
             print(*row, flush=True)

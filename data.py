@@ -367,9 +367,9 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     if with_classes and split == "val":        # val's classes are numbered as train's
         known = {class_of(path) for path in find_images(train)[0]}
     names = sorted(known - {""})
-    # Of such names as test/unknown/ none is a class; where some are, the others are misspelt.
+    # A single folder such as test/unknown/ is no class; others are misspelt classes.
     unknown = sorted({*found} - {*names, ""})
-    if unknown and {*found} & {*names}:
+    if names and unknown and (len(unknown) > 1 or {*found} & {*names}):
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
     numbers = {name: i for i, name in enumerate(names)}
@@ -646,13 +646,14 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
 
     Raises LocalError for an image that cannot be read.
     """
-    # Each worker keeps two batches ready in shared memory, and hangs where they do not fit.
+    # Each worker keeps two batches ready in shared memory, and one more is at work: where they do
+    # not fit, all hang. Half of it is left free, for the evaluation that runs beside a training.
     if workers and os.path.isdir("/dev/shm"):
-        # Of two views each, and in training as many of an evaluation beside it.
-        views_an_image = 4 if isinstance(views, TwoViews) else 1
+        views_an_image = 2 if isinstance(views, TwoViews) else 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # processes that share this machine
-        each = here * 2 * batch_size * views_an_image * 3 * views.size ** 2
-        fitting = shutil.disk_usage("/dev/shm").total // each
+        batch = here * batch_size * views_an_image * 3 * views.size ** 2
+        half = shutil.disk_usage("/dev/shm").total // 2
+        fitting = max(0, (half // batch - 1) // 2)
         if fitting < workers:
             say(f"shared memory has room for {fitting} of {workers} loader workers: it is small in "
                 f"containers; docker run --shm-size enlarges it")

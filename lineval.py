@@ -69,12 +69,14 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     items = [(0, row) for row in mine]         # of epoch 0
     batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
-    parts = []
+    features = None
     for crops, params, _ in data.iterate(views, batches, workers, batch_size):
         out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
-        parts.append(torch.stack(out, 1).cpu())                          # (B, V, F)
-        progress.advance(len(parts[-1]))
-    features = torch.cat(parts)
+        out = torch.stack(out, 1).cpu()                                  # (B, V, F)
+        if features is None:                   # at once: a list to be joined would need twice that
+            features = out.new_empty(each, *out.shape[1:])
+        features[progress.done:progress.done + len(out)] = out
+        progress.advance(len(out))
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
     return features[:n].transpose(0, 1)
@@ -113,7 +115,7 @@ def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
     for part in x.split(max(1, most // len(others))):
         part = part.to(device)
         # |x - o|^2 = |x|^2 - 2 (x . o - |o|^2 / 2): the nearest have the largest brackets.
-        best = (part @ others.T - half).topk(min(k, len(others)))
+        best = torch.addmm(-half, part, others.T).topk(min(k, len(others)))
         square = part.square().sum(1, keepdim=True) - 2 * best.values
         distances.append(square.clamp(min=0).sqrt().cpu())
         rows.append(best.indices.cpu())

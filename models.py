@@ -38,8 +38,8 @@ class Encoder(nn.Module):
             elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and slice_size:
                 raise ValueError(f"{type(layer).__name__} knows no slices: use models.BatchNorm2d")
             elif isinstance(layer, nn.Linear):
-                # In neither paper. MobileNetV3's last layer has small weights: beside torch's random
-                # biases they would hardly count, and all embeddings would start in a narrow cone.
+                # Ours. MobileNetV3's last layer has small weights: beside torch's random biases
+                # they would hardly count, and all embeddings would start in a narrow cone.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 

@@ -95,10 +95,11 @@ def scale_to(images, args):
     most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
     100, momentum 0.99, and its queue holds the keys of 10 steps.
 
-    Steps count more than the size of a batch: it is the largest of 64, 128, 256 and 512 that leaves
-    20,000 of them. Slices of batch norm have 32 images, since the mean of fewer is a poor estimate,
-    but there are no more slices than the recipe's 8. The warm-up is at most a tenth of the run. No
-    smoothing: in short runs it has helped nothing.
+    Steps count more than the size of a batch: it is the largest of 128, 256 and 512 that leaves
+    20,000 of them (a guess), and is less than an eighth of the images; else 64, or 32 up to 500
+    images. Slices of batch norm have 32 images or more where they can, since the mean of fewer is a
+    poor estimate, but there are at most 8. The warm-up is at most a tenth of the run, but for the
+    shapes. No smoothing: in short runs it has helped nothing.
     """
     recipe = RECIPES[args.recipe]
     if images > 200_000:
@@ -110,7 +111,8 @@ def scale_to(images, args):
     else:
         epochs = args.epochs or (400 if images <= 2_000 else 200)
         batch_size = 32 if images <= 500 else 64
-        while batch_size < min(512, images / 16) and epochs * images / (2 * batch_size) >= 20_000:
+        most = min(recipe["batch_size"], images / 16)
+        while batch_size < most and epochs * images / (2 * batch_size) >= 20_000:
             batch_size *= 2
         scale = dict(batch_size=batch_size, epochs=epochs, lr=0.03,
                      warmup_epochs=min(recipe["warmup_epochs"], epochs / 10))
@@ -123,11 +125,11 @@ def scale_to(images, args):
     age = min(max(2, memory / 10), per_epoch / 2)
     queue_size = min(65536, round(keys_a_step * age))
     bn_splits = 2
-    while bn_splits < 8 and batch_size / bn_splits > 32:
+    while bn_splits < 8 and batch_size / bn_splits > 32 and batch_size % (2 * bn_splits) == 0:
         bn_splits *= 2
     return scale | dict(key_momentum=round(1 - 1 / memory, 4), queue_size=queue_size,
                         bn_splits=bn_splits, smoothing=0.0,
-                        neighbors=min(recipe["neighbors"], queue_size))
+                        neighbors=min(recipe["neighbors"], args.queue_size or queue_size))
 
 
 # ------------------------------------------------- the method
@@ -362,14 +364,15 @@ def agree(mine):
 
 
 def distribute(encoder, device):
-    """The encoder in DDP: its gradient is the mean over all processes."""
+    """The encoder in DDP: its gradient is the mean over all processes. Two forwards before one
+    backward, for both directions, are fine."""
     device_ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(encoder, device_ids, broadcast_buffers=False,
                                    gradient_as_bucket_view=True)
 
 
 def mean_over_processes(device, **numbers):
-    """The mean of each number over all processes, which therefore decide alike on its grounds."""
+    """The mean of each number over all processes: all get the same, so that they decide alike."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach()
                           for value in numbers.values()])
     if dist.is_initialized():
@@ -396,7 +399,8 @@ class Batches:
     """The loader's batches, on the device, with a stopwatch.
 
     For a dry run (`ready` > 0) it starts after so many batches, since the first steps are slow and
-    the first batches lay ready, or half a minute after the first step; a minute later it ends.
+    the first batches lay ready, or half a minute after the first step. A minute later it ends; but
+    several processes take all steps, since their clocks differ.
     """
 
     def __init__(self, loader, device, ready=0):
@@ -411,13 +415,13 @@ class Batches:
                 first_step_done = asked
             if number <= self.ready and asked - first_step_done < 30:
                 self.start, self.timed, self.waited = asked, 0, 0.0
-            elif self.ready and asked - self.start > 60:
-                return
             self.waited += time.perf_counter() - asked
             self.timed += 1
             crops = crops.to(self.device, non_blocking=True)
             yield crops, params, index.to(self.device, non_blocking=True)
             asked = time.perf_counter()
+            if self.ready and number and asked - self.start > 60 and not dist.is_initialized():
+                return
 
     def seconds(self):
         if self.device.type == "cuda":
@@ -443,8 +447,10 @@ class Log:
         self.labels = dataset.labels.to(self.device)
         self.saved_at, self.lines, self.splits = time.monotonic(), 0, None
         if args.knn_every and not args.dry_run:
-            self.splits = lineval.load_splits(args.data, dataset, args.seed,
-                                              args.classes != "none", args.skip_unreadable)[:3]
+            *self.splits, note = lineval.load_splits(args.data, dataset, args.seed,
+                                                     args.classes != "none", args.skip_unreadable)
+            if note:
+                say(f"evaluation while training{note}")
 
     def is_due(self, done):
         alone_and_asked = self.stop.asked and not dist.is_initialized()
@@ -558,7 +564,7 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-# What may be another when the same command continues a run: also where the images lie, for their
+# May have changed when the same command continues a run. Where the images lie, too: their
 # fingerprint is compared.
 MAY_CHANGE = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
               "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
@@ -604,7 +610,8 @@ def compare_settings(run, checkpoint, args):
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
     if words:
         raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "
-                        f"the old command, another folder with --out, or --restart; for more "
+                        f"the old command (or its values as flags, and --out, if the program has "
+                        f"changed since), another folder with --out, or --restart; for more "
                         f"epochs start anew from its weights, with --init {run / 'backbone.pt'}")
 
 

@@ -80,7 +80,7 @@ def ramp_from(first_step, per_epoch, epochs):
 
 def choose_by_class(share=1.0):
     """Make `pretrain.soft_info_nce` smooth over 20 keys of which a share shows the query's class.
-    Where the queue has too few of them, the nearest of other classes fill up."""
+    Where the queue has too few of them, the nearest of other classes fill up, and count twice."""
     right = round(share * NEIGHBORS)
     seen = SimpleNamespace()
     load_dataset, plain_loss = data.load_dataset, pretrain.soft_info_nce
@@ -109,8 +109,8 @@ def choose_by_class(share=1.0):
         same = own == seen.labels[seen.queue.index]                      # (n, K)
         negatives = q @ queue.T / temperature
         positive = (q * k).sum(1) / temperature
-        first_same = (negatives.detach() + 1e6 * same).topk(right).indices
-        first_other = (negatives.detach() - 1e6 * same).topk(NEIGHBORS - right).indices
+        first_same = (negatives.detach() + 1e3 * same).topk(right).indices
+        first_other = (negatives.detach() - 1e3 * same).topk(NEIGHBORS - right).indices
         chosen = torch.cat([first_same, first_other], 1)
         soft = negatives.gather(1, chosen).mean(1)
         # The share `smoothing` of the target moves from the positive to the chosen keys.
@@ -141,7 +141,7 @@ def go_on(run, out, seed, treatment):
     return pretrain.main([
         "--data", settings["data"], "--image-size", str(settings["image_size"]), "--epochs",
         str(settings["epochs"]), "--seed", str(seed), "--smoothing", str(smoothing), "--knn-every",
-        "0", "--workers", "0", "--out", str(out)])
+        "0", "--workers", "0", "--warmup-epochs", str(settings["warmup_epochs"]), "--out", str(out)])
 
 
 def main():

@@ -245,12 +245,16 @@ def first_batch(views, workers=1, batch_size=2):
     return next(data.iterate(views, [[(0, 0), (0, 1)]], workers, batch_size))
 
 
-@pytest.mark.parametrize("workers, processes, used", ((2, 1, 2), (3, 1, 2), (0, 1, 0), (1, 4, 0)))
-def test_no_more_workers_than_fit_into_shared_memory(monkeypatch, capsys, workers, processes, used):
-    """40 MiB of it, and batches of 3072 images of 3 kB: two for each worker, 18 MiB."""
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(total=40 << 20))
+@pytest.mark.parametrize("view, workers, processes, used", (
+    (CenterView, 2, 1, 2), (CenterView, 3, 1, 2), (CenterView, 0, 1, 0), (CenterView, 1, 4, 0),
+    (TwoViews, 2, 1, 0)))
+def test_no_more_workers_than_fit_into_shared_memory(monkeypatch, capsys, view, workers, processes,
+                                                     used):
+    """Batches of 3072 images of 3 kB, 9 MiB a view: half of 90 MiB has room for five of them, two
+    for each worker and one at work."""
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(total=90 << 20))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))    # they share it
-    views = CenterView([(random_picture(32, 32), 0)] * 2, 32)
+    views = view([(random_picture(32, 32), 0)] * 2, 32)
     counts = []
 
     class Loader(data.DataLoader):
@@ -381,7 +385,11 @@ def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
     write_tree(tmp_path / "split", 6, ("val",), classes="abz")
     with pytest.raises(UserError, match="class 'z' that .*train' has not"):
         load_dataset(str(tmp_path / "split"), "val")
-    # Where no folder of val is a class, such as test/unknown/, its images have no labels.
+    write_tree(tmp_path / "capitals", 6, ("train",))
+    write_tree(tmp_path / "capitals", 6, ("val",), classes="ABC")
+    with pytest.raises(UserError, match="class 'A' that .*train' has not"):
+        load_dataset(str(tmp_path / "capitals"), "val")
+    # Images in a single folder that is no class, such as test/unknown/, have no labels.
     write_tree(tmp_path / "unknown", 6, ("train",))
     write_tree(tmp_path / "unknown", 6, ("test",), classes="z")
     assert load_dataset(str(tmp_path / "unknown"), "val").labels.tolist() == [-1] * 6

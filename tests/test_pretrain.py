@@ -108,12 +108,12 @@ def test_the_warm_up_of_a_short_run_is_a_tenth_of_it():
     assert warmup("moco_v2", 4) == 0
 
 
-@pytest.mark.parametrize("direction", ([], ["--no-symmetric"]))
-@pytest.mark.parametrize("count", (32, 63, 100, 159, 1000))
-def test_a_small_folder_needs_no_flags(count, direction):
-    pictures = torch.randint(0, 255, (count, 3, 8, 8)).byte()
+@pytest.mark.parametrize("flags", ("", "--no-symmetric", "--batch-size 30", "--queue-size 8"))
+@pytest.mark.parametrize("count", (32, 63, 100, 159, 1000, 30_000))
+def test_a_folder_needs_no_flags_and_the_rest_follows_those_given(count, flags):
+    pictures = torch.zeros(count, 3, 8, 8, dtype=torch.uint8)
     dataset = data.Images("few", pictures, torch.arange(count) % 2, ["a", "b"])
-    args = pretrain.read_args(["--data", "few", *direction])
+    args = pretrain.read_args(["--data", "few", *flags.split()])
     pretrain.resolve(args, dataset)
     pretrain.check(args, count, world=1)
 
@@ -215,7 +215,7 @@ def test_dry_run_writes_nothing(images, tmp_path, capsys, monkeypatch, workers):
 
 
 @pytest.mark.parametrize("seconds, timed", ((0.1, 10), (3, 10), (20, 4), (100, 1)))
-def test_a_dry_run_of_slow_steps_ends_after_minutes(monkeypatch, seconds, timed):
+def test_a_dry_run_of_slow_steps_ends_within_minutes(monkeypatch, seconds, timed):
     """Five batches lie ready; the clock starts after them or after 30 s, and ends after a minute."""
     clock = [0.0]
     monkeypatch.setattr(pretrain.time, "perf_counter", lambda: clock[0])
@@ -226,6 +226,22 @@ def test_a_dry_run_of_slow_steps_ends_after_minutes(monkeypatch, seconds, timed)
     assert batches.timed == timed
     assert batches.seconds() / batches.timed == pytest.approx(seconds)
     assert clock[0] <= 30 + 60 + 3 * seconds
+
+
+def test_a_dry_run_tells_how_long_it_waited(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: clock[0])
+
+    def slow_loader():
+        while True:
+            clock[0] += 25
+            yield torch.zeros(()), None, torch.zeros(())
+
+    batches = pretrain.Batches(slow_loader(), torch.device("cpu"), ready=5)
+    for _ in batches:
+        clock[0] += 5
+    assert batches.seconds() / batches.timed == 30
+    assert batches.waited / batches.seconds() == pytest.approx(25 / 30)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -318,6 +318,11 @@ class Images:
         part.pictures, part.labels = self.pictures[rows.numpy()], self.labels[rows]
         return part
 
+    def labelled(self):
+        """The dataset of the images with a label: itself if all have one."""
+        known = self.labels >= 0
+        return self if known.all() else self.select(known)
+
     def without(self, rows):
         """The dataset less a list of rows, which cannot be read."""
         if not rows:

@@ -380,9 +380,9 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
         val = data.load_dataset(name, "val", with_classes, skip_unreadable)
     labelled = len(train.labels[train.labels >= 0].unique()) > 1
     if labelled:
-        train = train.select(train.labels >= 0)
-        if val:                                # it may lie flat, as of many competitions
-            val = val.select(val.labels >= 0) if (val.labels >= 0).any() else None
+        train = train.labelled()
+        if val:                                # without labels where it lies flat: not used
+            val = val.labelled() or None
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)

@@ -96,10 +96,10 @@ def scale_to(images, args):
     100, momentum 0.99, and its queue holds the keys of 10 steps.
 
     Steps count more than the size of a batch: it is the largest of 128, 256 and 512 that leaves
-    20,000 of them (a guess), and is less than an eighth of the images; else 64, or 32 up to 500
-    images. Slices of batch norm have 32 images or more where they can, since the mean of fewer is a
-    poor estimate, but there are at most 8. The warm-up is at most a tenth of the run, but for the
-    shapes. No smoothing: in short runs it has helped nothing.
+    20,000 of them (a guess), is less than an eighth of the images, and no larger than the recipe's;
+    else 64, or 32 up to 500 images. Slices of batch norm have 32 images or more where they can,
+    since the mean of fewer is a poor estimate, but there are 2 to 8 of them. The warm-up is at most
+    a tenth of the run, but for the shapes. No smoothing: in short runs it has helped nothing.
     """
     recipe = RECIPES[args.recipe]
     if images > 200_000:

@@ -12,6 +12,7 @@ generator's state is ever saved.
 """
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import math
@@ -660,8 +661,8 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
         half = shutil.disk_usage("/dev/shm").total // 2
         fitting = max(0, (half // batch - 1) // 2)
         if fitting < workers:
-            say(f"shared memory has room for {fitting} of {workers} loader workers: it is small in "
-                f"containers; docker run --shm-size enlarges it")
+            say_once(f"shared memory has room for {fitting} of {workers} loader workers: it is "
+                     f"small in containers; docker run --shm-size enlarges it")
             workers = fitting
     # Forked workers share the list of files, and a signal to all processes ends none that is just
     # starting. From Python 3.14 on this must be asked for.
@@ -726,6 +727,9 @@ def say(*words):
             print(*words, flush=True)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+say_once = functools.cache(say)                # an evaluation would say the same each time
 
 
 class Progress:

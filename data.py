@@ -615,12 +615,13 @@ def draw_lattices(labels, draws):
 
 def default_workers():
     """Half the cores of a training process on a CPU, which needs the others; all but one beside
-    a GPU."""
+    a GPU; at most 16, since each keeps files open."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores - 1 if torch.cuda.is_available() else cores // 2)
+    workers = cores - 1 if torch.cuda.is_available() else cores // 2
+    return min(16, max(1, workers))
 
 
 def default_image_size(dataset):

@@ -202,15 +202,15 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     x = (x - mean) / scale
     classes = int(train_y.max()) + 1
 
-    judge = max(1, len(x) // 10)
+    cut = max(1, len(x) // 10)
     held_out = {}
     fits = len(decays) + 1
     # L-BFGS evaluates up to 5 / 4 as often as it steps.
     most = fits * MOST_STEPS * 5 // 4
     progress = data.Progress(f"linear probe on {len(x):,} images, steps", most)
     for decay in decays:
-        weight, bias = fit_softmax(x[judge:], y[judge:], classes, decay, progress=progress)
-        held_out[decay] = accuracy((x[:judge] @ weight + bias).argmax(1), y[:judge])
+        weight, bias = fit_softmax(x[cut:], y[cut:], classes, decay, progress=progress)
+        held_out[decay] = accuracy((x[:cut] @ weight + bias).argmax(1), y[:cut])
     decay = max(held_out, key=held_out.get)
     weight, bias = fit_softmax(x, y, classes, decay, progress=progress)
     scores = (val_x.to(device) - mean) / scale @ weight + bias
@@ -262,8 +262,8 @@ def finetune(net, train, val, size, *, seed=0, **options):
     """Fine-tuning as `train_on_crops` does it -> accuracy on val, learning rate. The rate is chosen
     on a tenth of `train`, never on val."""
     order = data.permutation(len(train), data.HOLD_OUT, seed, 2)
-    judge = max(1, len(order) // 10)
-    part, rest = train.select(order[:judge]), train.select(order[judge:])
+    cut = max(1, len(order) // 10)
+    part, rest = train.select(order[:cut]), train.select(order[cut:])
     options |= dict(frozen=False, seed=seed)
     held_out = {lr: train_on_crops(net, rest, part, size, lr=lr, **options)
                 for lr in FINETUNE_RATES}
@@ -736,8 +736,10 @@ def draw_soft_positives(path, state, dataset, seed):
 def load_networks(args, run, arch, size, small):
     """-> {name: (network, its image size)}: random, pretrained and, if asked for, another's
     weights. All are tried before the long work begins."""
-    if args.against and (Path(args.against).parent / "args.json").exists():
-        raise UserError(f"--against {args.against}: lineval.py RUN1 RUN2 compares our own runs")
+    for flag, file in (("--weights", args.weights), ("--against", args.against)):
+        if file and (Path(file).parent / "args.json").exists():
+            raise UserError(f"{flag} {file}: it lies in a run of pretrain.py, which knows its "
+                            f"network: pass the folder, or two, as in lineval.py RUN1 RUN2")
     part = "last.pt" if args.encoder == "key" else "backbone.pt"
     files = {"random": None}
     if args.against:
@@ -775,6 +777,8 @@ def evaluate(args, run, measured):
     own_data = whole.fingerprint() == settings["dataset"]
     train, val, labelled, note = load_splits(name, whole, args.seed, with_classes, skip)
     size = args.image_size or settings["image_size"] or data.default_image_size(whole)
+    if args.weights and not args.image_size and size <= data.SMALL:
+        size = 224                             # torchvision's networks are for large images
     about = "without labels"
     if labelled:
         share = torch.bincount(val.labels).max() / len(val)
@@ -842,7 +846,8 @@ def read_flags(argv):
     parser.error = data.refuse
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
-    add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch")
+    add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch. "
+        "For it images of up to 64 px are enlarged to 224, unless --image-size is given")
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     add("--data", "--labels", metavar="DATA", help="evaluate on another dataset than the run's own")
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")

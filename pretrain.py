@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import ctypes
+import hashlib
 import io
 import itertools
 import json
@@ -184,8 +185,8 @@ def lr_at(step, per_epoch, args):
     warm = round(args.warmup_epochs * per_epoch)
     if step < warm:
         return peak * (step + 1) / warm
-    share = (step - warm) / max(1, args.epochs * per_epoch - warm)
-    return peak * 0.5 * (1 + math.cos(math.pi * share))
+    progress = (step - warm) / max(1, args.epochs * per_epoch - warm)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def smoothing_at(step, per_epoch, args):
@@ -196,8 +197,8 @@ def smoothing_at(step, per_epoch, args):
         return 0.0
     if args.smoothing_schedule == "constant":
         return args.smoothing
-    share = step / (args.epochs * per_epoch)
-    return args.smoothing * 0.5 * (1 - math.cos(math.pi * share))
+    progress = step / (args.epochs * per_epoch)
+    return args.smoothing * 0.5 * (1 - math.cos(math.pi * progress))
 
 
 def pretrain(args, stop):
@@ -235,6 +236,8 @@ def pretrain(args, stop):
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
     agree({"images": args.dataset, "steps done": first_step})
+    if args.dry_run:
+        agree({"--workers": args.workers})     # so that all take equally many steps
     query_encoder = distribute(encoder, device) if world > 1 else encoder
 
     # -- the views, batch by batch
@@ -576,8 +579,9 @@ def default_run(args, typed, dataset):
     default = vars(read_args([]))
     for setting in (*MOCO_V2, "image_size", "amp", "init", "classes"):
         if typed[setting] != default[setting]:
-            value = str(typed[setting]).strip("[]").replace(", ", "_")         # of a list
-            name += f"-{setting}{Path(value).name}"
+            value = args.init_weights if setting == "init" else typed[setting]
+            value = str(value).strip("[]").replace(", ", "_")                  # of a list
+            name += f"-{setting}{value}"
     return Path("runs") / name[:200]
 
 
@@ -606,7 +610,8 @@ def open_run(run, args):
 def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
     old, new = checkpoint.get("settings", {}), vars(args)
-    different = sorted(name for name in {*old, *new} - MAY_CHANGE if old.get(name) != new.get(name))
+    may_change = MAY_CHANGE if new["init_weights"] else {*MAY_CHANGE, "init_weights"}   # lost
+    different = sorted(name for name in {*old, *new} - may_change if old.get(name) != new.get(name))
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
     if words:
         raise UserError(f"{str(run)!r} was started with other settings ({'; '.join(words)}): give "
@@ -732,12 +737,21 @@ def resolve(args, dataset):
         args.workers = data.default_workers()
     if args.data not in data.NAMES:
         args.data = os.path.realpath(args.data)
+    args.init_weights = None
     if args.init:
         args.init = os.path.realpath(args.init)
+        args.init_weights = fingerprint(args.init)
     known = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
     args.dataset = dataset.fingerprint()
+
+
+def fingerprint(path):
+    """To tell a file's content from others'; None for a file that is gone."""
+    if not os.path.isfile(path):
+        return None
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=4).hexdigest()
 
 
 def hidden_width(text, arch):
@@ -857,7 +871,8 @@ class StopSignals:
         if self.asked:
             os._exit(128 + number)
         self.asked, self.since = int(number), time.monotonic()
-        say("stopping after this step; again, 3 seconds later, to stop at once")
+        when = "at the next line of the log" if dist.is_initialized() else "after this step"
+        say(f"stopping {when}; again, 3 seconds later, to stop at once")
 
 
 def keep_freed_memory():

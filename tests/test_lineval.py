@@ -452,6 +452,23 @@ def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
     assert found["few_labels"][1]["linear"] == found["linear_top1"]
 
 
+def test_bare_weights_are_read_as_made_for_large_images(images, tmp_path, capsys):
+    """With the strides for small images MobileNetV3 would load them and compute something else."""
+    weights = build_backbone("mobilenetv3_small").state_dict()
+    torch.save(weights, tmp_path / "imagenet.pt")
+    val = data.load_dataset(str(images), "val")
+    for typed, size, small in (([], 224, False), (["--image-size", "32"], 32, True)):
+        backbone = build_backbone("mobilenetv3_small", small).eval()
+        backbone.load_state_dict(weights)
+        [x] = lineval.extract_features(backbone, data.CenterView(val, size))
+        lineval.main(["--weights", str(tmp_path / "imagenet.pt"), "--arch", "mobilenetv3_small",
+                      "--data", str(images), "--out", str(tmp_path), *typed, *FLAGS])
+        [report] = tmp_path.glob("lineval*.json")
+        spread = lineval.unit(x).double().var(0, correction=0).sum().sqrt().item()
+        found = json.loads(report.read_text())["pretrained"]
+        assert found["spread"] == pytest.approx(spread, rel=1e-4)
+
+
 def test_own_old_keys_are_no_soft_positives(run, images, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(lineval, "draw_rows", lambda path, queries, others, near:
@@ -512,6 +529,7 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         ([str(run), "--shares", "1", "--classes", "none"], ["no labels", "--labels"]),
         ([str(run), *bare, "resnet18.pt"], ["resnet18.pt", "instead of a run", "--against"]),
         ([str(run), "--against", str(run / "backbone.pt")], ["backbone.pt", "RUN1 RUN2"]),
+        ([*bare, str(run / "backbone.pt")], ["--weights", "backbone.pt", "the folder"]),
         ([*bare, "resnet18.pt", "--encoder", "key"], ["resnet18.pt", "no key encoder"]),
         ([*bare, "bad.pt"], ["bad.pt", "cannot be loaded"]),
         ([*bare, "cut.pt"], ["cut.pt", "cannot be loaded"]),

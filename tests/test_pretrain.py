@@ -440,6 +440,22 @@ def test_settings_are_stored_as_used_and_the_start_file_is_needed_once(run, imag
     assert "done: 12 steps" in capsys.readouterr().out
 
 
+def test_another_start_file_of_the_same_name_is_another_run(run, images, tmp_path, capsys):
+    names = set()
+    for content in ("first", "second"):
+        weights = tmp_path / content / "backbone.pt"
+        weights.parent.mkdir()
+        weights.write_text(content)
+        flags = ["--data", str(images), *TINY, "--init", str(weights)]
+        typed = vars(pretrain.read_args(flags))
+        dataset = data.load_dataset(str(images), "train")
+        names.add(pretrain.default_run(resolved(images, *flags[2:]), typed, dataset))
+    assert len(names) == 2
+    folder = copy_of(run, tmp_path)            # that run had no start file
+    line = error_of(pretrain.main, [*flags, "--out", str(folder)], capsys)
+    assert "init_weights was None" in line
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(run, images, tmp_path, capsys):
     folder = copy_of(run, tmp_path)
     content = bytearray((folder / "last.pt").read_bytes())

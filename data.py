@@ -408,7 +408,14 @@ def find_splits(path):
         raise UserError(f"{root!r} has several training splits: pass --data with one of them")
     if not train:
         return root, None
-    return train[0], val[0] if val else None
+    if val:
+        return train[0], val[0]
+    for folder in sorted(folders):             # a class may be called train, beside bus and car
+        beside = os.path.join(root, folder)
+        if beside != train[0] and not folder.startswith(".") and find_images(beside)[0]:
+            raise UserError(f"{root!r} has images in {folder!r} beside {train[0]!r}: pass --data "
+                            f"with one of them, or rename what is no training split")
+    return train[0], None
 
 
 def has_val(name):

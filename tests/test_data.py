@@ -392,6 +392,9 @@ def test_what_cannot_be_had_is_named(tree, tmp_path, monkeypatch):
     write_tree(tmp_path / "capitals", 6, ("val",), classes="ABC")
     with pytest.raises(UserError, match="class 'A' that .*train' has not"):
         load_dataset(str(tmp_path / "capitals"), "val")
+    write_tree(tmp_path / "vehicles", 6, ("bus", "train"))
+    with pytest.raises(UserError, match="images in 'bus' beside .*train'"):
+        load_dataset(str(tmp_path / "vehicles"), "train")
     # Images in a single folder that is no class, such as test/unknown/, have no labels.
     write_tree(tmp_path / "unknown", 6, ("train",))
     write_tree(tmp_path / "unknown", 6, ("test",), classes="z")

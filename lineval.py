@@ -733,6 +733,11 @@ def draw_soft_positives(path, state, dataset, seed):
 
 # ------------------------------------------------- one run after the other
 
+def enlarged(size):
+    """The image size for torchvision's weights, which were made for large images."""
+    return 224 if size <= data.SMALL else size
+
+
 def load_networks(args, run, arch, size, small):
     """-> {name: (network, its image size)}: random, pretrained and, if asked for, another's
     weights. All are tried before the long work begins."""
@@ -753,7 +758,7 @@ def load_networks(args, run, arch, size, small):
         net = net.to(data.own_device(), memory_format=torch.channels_last)
         if file:
             load_weights(net, file, "query" if theirs else args.encoder)
-        networks[name] = (net, 224 if theirs and size <= data.SMALL else size)
+        networks[name] = (net, enlarged(size) if theirs else size)
     return networks
 
 
@@ -777,8 +782,8 @@ def evaluate(args, run, measured):
     own_data = whole.fingerprint() == settings["dataset"]
     train, val, labelled, note = load_splits(name, whole, args.seed, with_classes, skip)
     size = args.image_size or settings["image_size"] or data.default_image_size(whole)
-    if args.weights and not args.image_size and size <= data.SMALL:
-        size = 224                             # torchvision's networks are for large images
+    if args.weights and not args.image_size:
+        size = enlarged(size)
     about = "without labels"
     if labelled:
         share = torch.bincount(val.labels).max() / len(val)

@@ -15,7 +15,6 @@ import argparse
 import copy
 import csv
 import ctypes
-import hashlib
 import io
 import itertools
 import json
@@ -737,21 +736,15 @@ def resolve(args, dataset):
         args.workers = data.default_workers()
     if args.data not in data.NAMES:
         args.data = os.path.realpath(args.data)
-    args.init_weights = None
+    args.init_weights = None                   # a run may go on when that file is gone
     if args.init:
         args.init = os.path.realpath(args.init)
-        args.init_weights = fingerprint(args.init)
+        if os.path.isfile(args.init):
+            args.init_weights = data.digest(Path(args.init).read_bytes())
     known = dataset.labels[dataset.labels >= 0]
     shares = torch.bincount(known) / max(1, len(known))
     args.same_class_chance = shares.square().sum().item()
     args.dataset = dataset.fingerprint()
-
-
-def fingerprint(path):
-    """To tell a file's content from others'; None for a file that is gone."""
-    if not os.path.isfile(path):
-        return None
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=4).hexdigest()
 
 
 def hidden_width(text, arch):

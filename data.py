@@ -6,8 +6,8 @@ A view is made in two places. The host decodes an image and cuts two random crop
 quarter of the bytes of floats). The other augmentations it only draws, as eight numbers a view;
 `augment` applies them on the device to a whole batch at once, without any randomness.
 
-Every random number is keyed by what it is for, such as (VIEWS, seed, epoch, index). So an image
-gets the same two views in an epoch whatever the number of workers, processes or restarts, and no
+Random numbers are keyed by what they are for, such as (VIEWS, seed, epoch, index). So an image gets
+the same two views in an epoch whatever the number of workers, processes or restarts, and no
 generator's state is ever saved.
 """
 import contextlib
@@ -52,7 +52,7 @@ class LocalError(UserError):
 
 # ------------------------------------------------- randomness, keyed by what it is for
 
-VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # no two purposes share a stream
+VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # purposes: a key's first number
 
 
 def generator(*key):
@@ -125,7 +125,7 @@ def draw_box(rng, height, width, min_scale):
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    # The image is so narrow that no box fits: the largest central one of an allowed aspect.
+    # No box fitted, as in a narrow image: the largest central one of an allowed aspect.
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -352,9 +352,9 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     """An `Images` of "shapes", "cifar10", "cifar100", "stl10", or of a folder of images.
 
     A folder has train/ and val/ (or test/) inside, or is any tree. The class is the first folder
-    below the split; an image in none, and without classes every image, has label -1. `split`:
-    "train" or "val". skip_unreadable: all files are decoded once, and those that fail are left
-    out. Raises UserError where nothing can be read.
+    below the split. An image outside class folders has label -1, as all have if not `with_classes`.
+    `split`: "train" or "val". skip_unreadable: all files are decoded once, and those that fail are
+    left out. Raises UserError where nothing can be read.
     """
     if name_or_path in NAMES:
         if name_or_path in TORCHVISION:
@@ -372,20 +372,20 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     paths, left_out = find_images(folder)
     if not paths:
         raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
-    found = [class_of(path) if with_classes else "" for path in paths]
-    known = {*found}
+    class_names = [class_of(path) if with_classes else "" for path in paths]
+    here = {*class_names} - {""}
+    classes = sorted(here)
     if with_classes and split == "val":        # val's classes are numbered as train's
-        known = {class_of(path) for path in find_images(train)[0]}
-    names = sorted(known - {""})
+        classes = sorted({class_of(path) for path in find_images(train)[0]} - {""})
     # A single folder such as test/unknown/ is no class; others are misspelt classes.
-    unknown = sorted({*found} - {*names, ""})
-    if names and unknown and (len(unknown) > 1 or {*found} & {*names}):
+    unknown = sorted(here - {*classes})
+    if classes and unknown and (len(unknown) > 1 or here & {*classes}):
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([numbers.get(name, -1) for name in found])
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = torch.tensor([label_of.get(name, -1) for name in class_names])
     root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
-    dataset = Images(root_name, paths, labels, names, folder, left_out)
+    dataset = Images(root_name, paths, labels, classes, folder, left_out)
     return leave_out_unreadable(dataset) if skip_unreadable else dataset
 
 
@@ -554,7 +554,7 @@ def leave_out_unreadable(dataset):
 # ------------------------------------------------- shapes: a dataset that needs no file
 
 TILE, TILES = 24, 3       # a picture is 3 x 3 copies of one shape, each in a tile of 24 px
-AREA = 1.2                # every shape has this area, or the amount of ink would tell the class
+AREA = 1.2                # of each shape at equal scale, or the amount of ink would tell the class
 
 
 def signed_distances(u, v):
@@ -587,8 +587,8 @@ SHAPES = list(AREAS)
 def draw_shapes(count, seed):
     """`count` pictures of 72 px: 3 x 3 copies of one shape, which is the class, gray on gray.
 
-    Every copy has its own size, angle and place; the area of ink is the same everywhere. So any
-    crop shows the class, and nothing else that two crops of a picture share tells as much.
+    Every copy has its own size, angle and place; the amount of ink varies alike in all classes. So
+    two crops of a picture share its class, and little else.
     """
     rng = generator(DRAWING, seed)
     labels = torch.from_numpy(rng.permutation(count) % len(SHAPES))

@@ -131,7 +131,7 @@ def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, dev
     """Weighted kNN (arXiv 1805.01978, section 3.4): votes exp(cosine / temperature) of the k
     nearest. x (N, F), y (N,) classes -> accuracy on val.
 
-    k is at most the mean size of a class, or a small dataset's neighbourhood would be most of it.
+    k is at most the mean size of a class: 200 images could be most of a small dataset.
     """
     k = min(k, len(train_x) // len(train_y.unique()))
     distance, rows = neighbors(unit(val_x), unit(train_x), k, device=device)        # (V, k)
@@ -188,7 +188,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
     Features are standardised by train's statistics and divided by sqrt(F). The weight decay is
     chosen on a tenth of train, never on val; then all of train is fitted. Of equally good decays
     the strongest is taken. With few labels that tenth is a few images, so the choice is partly
-    chance. Of more than `MOST_NUMBERS` numbers a part of the rows is used, chosen at random.
+    chance. Where N x F exceeds `MOST_NUMBERS`, as many rows are used as fit, chosen at random.
     """
     order = data.permutation(len(train_x), data.HOLD_OUT, seed, 1)
     order = order[:MOST_NUMBERS // train_x.shape[1]]
@@ -220,12 +220,12 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
 
 def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, device="cpu",
                    workers=0):
-    """As in [Small]: a linear layer is trained on new random crops in every epoch. frozen: alone,
-    [Small]'s protocol for ImageNet; otherwise together with the network (fine-tuning). Datasets
-    `train`, `val` -> accuracy on val.
+    """As in [Small]: a linear layer is trained on new random crops in every epoch. frozen: only the
+    layer is trained, [Small]'s protocol for ImageNet; else the network too, which is fine-tuning.
+    Datasets `train`, `val` -> accuracy on val.
 
-    `lr` is for a batch of 256. Frozen: crops of at least 0.08 of the image, and the rate falls to a
-    tenth after 60 and after 80 % of the epochs. Fine-tuning: 0.2; 40 and 70 %. No weight decay.
+    `lr` is for a batch of 256. Frozen: crops of at least 0.08 of the image, lr / 10 after 60 and
+    again after 80 % of the epochs. Fine-tuning: at least 0.2, after 40 and 70 %. No weight decay.
     """
     min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
     views = TwoViews(train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
@@ -287,20 +287,21 @@ ROUNDING = 1e-6           # cosines that differ by less count as equal
 COLLAPSED = 1e-12         # mean squared distance below which unit rows differ by rounding alone
 
 
-def find_own(x, positive):
-    """Compare each row of x (N, F) with its row of `positive`, and with all other rows of x
-    -> share of images that are nearer to their own view than every other image is (chance 1 / N),
-    share of all other images that are farther away (chance 1/2). To a network that has collapsed
-    all are equally near: 0, 0."""
+def find_own(x, view):
+    """Is an image x_i nearer, by cosine, to its own view v_i than to other images x_j?
+
+    x, view (N, F) -> share of images i with x_i . v_i above every x_i . x_j (chance 1 / N); share
+    of all pairs i, j with x_i . x_j below x_i . v_i (chance 1/2). After a collapse: 0, 0.
+    """
     x = unit(x)
-    own = (x * unit(positive)).sum(1, keepdim=True)                      # (N, 1)
-    n, found, nearer = len(x), 0, 0
+    own = (x * unit(view)).sum(1, keepdim=True)                          # (N, 1)
+    n, found, pairs = len(x), 0, 0
     for rows in torch.arange(n).split(1024):
-        near = x[rows] @ x.T > own[rows] - ROUNDING                      # (rows, N)
-        near[range(len(rows)), rows] = False                             # an image itself
-        found += (near.sum(1) == 0).sum().item()
-        nearer += near.sum().item()
-    return found / n, 1 - nearer / (n * (n - 1))
+        nearer = x[rows] @ x.T > own[rows] - ROUNDING                    # (rows, N)
+        nearer[range(len(rows)), rows] = False                           # an image itself
+        found += (nearer.sum(1) == 0).sum().item()
+        pairs += nearer.sum().item()
+    return found / n, 1 - pairs / (n * (n - 1))
 
 
 def mean_distance(x):
@@ -332,8 +333,8 @@ def class_distances(x, labels):
 
 
 def uniformity(x):
-    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242). Of more than 5,000
-    rows every second is used, or every third, and so on."""
+    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242). Above 5,000 rows,
+    only every second, third, ... row is used."""
     x = x[::math.ceil(len(x) / 5000)]
     return torch.pdist(x).square().mul(-2).exp().mean().log().item()
 
@@ -343,14 +344,14 @@ def representation_space(original, view, labels):
     """Features of images and of an augmented view of each, (N, F), labels (N,), -1 for none
     -> dict of floats, without those that are undefined (no labels, a complete collapse).
 
-    All on unit rows and all pairs. [Small] has own view found, alignment, uniformity and
-    intra-class; the others are ours, effective rank after Roy and Vetterli 2007.
+    All on unit rows. [Small] has own view found, alignment, uniformity and intra-class; the others
+    are ours, effective rank after Roy and Vetterli 2007.
     """
     original, view = unit(original), unit(view)
     own_view, others_farther = find_own(original, view)
     out = dict(
         own_view=own_view,
-        others_farther_from_view=others_farther,
+        others_farther_than_view=others_farther,
         alignment=(original - view).square().sum(1).mean().item(),
         uniformity=uniformity(original),
         spread=original.double().var(0, correction=0).sum().sqrt().item(),
@@ -368,12 +369,11 @@ HELD_OUT = 0.2            # share of a dataset without a val split that is kept 
 
 
 def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
-    """`train`: that split of dataset `name` -> (train, val, labelled, note): both splits, less the
-    images without a label if `labelled`, and what to tell the user.
+    """`train`, that split of dataset `name` -> train, val, labelled, note (what to tell the user).
 
-    With fewer than two classes there are no labels, and all images stay. Without a val split, or
-    without labels there, a fifth of train, chosen at random, is held out. Raises UserError if
-    either has fewer than two images.
+    labelled: whether train has two classes. If so, images without a label are dropped from both
+    splits. Without a val split, or without labels in it, a random fifth of train is held out.
+    Raises UserError if either split has fewer than two images.
     """
     val = None
     if data.has_val(name):
@@ -381,15 +381,16 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     labelled = len(train.labels[train.labels >= 0].unique()) > 1
     if labelled:
         train = train.labelled()
-        if val:                                # without labels where it lies flat: not used
-            val = val.labelled() or None
+        if val:
+            val = val.labelled() or None       # None if no image is left
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)
         cut = round(HELD_OUT * len(order))
         note = (f"; no val split{' with labels' * labelled}, so {cut} of {len(order)} images are "
                 f"held out here (a run on this folder was trained on them)")
-        val, train = (train.select(rows.sort().values) for rows in (order[:cut], order[cut:]))
+        val = train.select(order[:cut].sort().values)
+        train = train.select(order[cut:].sort().values)
     if min(len(train), len(val)) < 2:
         raise UserError(f"{name} has {len(train)} training and {len(val)} validation images"
                         f"{' in class folders' if labelled else ''}: at least 2 of each are needed")
@@ -421,15 +422,15 @@ def measure_online(encoder, train, val, labelled, size, seed, **options):
 
 # ------------------------------------------------- the report
 
-MEASURES = {              # name: (title, how to read it); titles in % are shares of images
-    "linear_top1": ("linear probe %", "higher: one plane a class tells the classes apart"),
+MEASURES = {              # name: (title, how to read it); those titled % are shares
+    "linear_top1": ("linear probe %", "higher: a linear layer tells the classes apart"),
     "augmented_top1": ("linear, augmented %", "higher: [Small]'s ImageNet protocol, lr 30"),
     "knn": ("kNN %", "higher: near images are of the same class; nothing is trained"),
     "best_nn": ("best-NN %", "higher: Euclidean; its k is chosen on val, which flatters"),
-    "over_clustering": ("over-clustering", "lower: classes lie together; 1: they do not show"),
+    "over_clustering": ("over-clustering", "lower: each class is tight; 1: no tighter than all"),
     "effective_rank": ("effective rank", "higher: more directions are used; 1: collapsed"),
     "own_view": ("own view found %", "higher: MoCo v2's views are recognised; not yet classes"),
-    "others_farther_from_view": ("farther than own view %", "higher: other images are farther away "
+    "others_farther_than_view": ("farther than own view %", "higher: other images are farther away "
                                  "than the own view; 50: chance"),
     "alignment": ("alignment", "lower: an image and its view lie together; 0 if collapsed"),
     "uniformity": ("uniformity", "lower: features fill the sphere; 0 if collapsed"),
@@ -495,8 +496,9 @@ def write_features(file, train, val, train_x, val_x):
 
 
 def standard_error(report, name):
-    """Of a share of n independent images: sqrt(p (1 - p) / n)."""
-    of_views = ("own_view", "others_farther_from_view")
+    """Of a share p of n independent images: sqrt(p (1 - p) / n). Of a mean of n shares, as farther
+    than own view is one, it is at most that."""
+    of_views = ("own_view", "others_farther_than_view")
     n = report["view_images" if name in of_views else "val_images"]
     return math.sqrt(report[name] * (1 - report[name]) / n)
 
@@ -514,7 +516,7 @@ def verdict(trained, random, log=()):
         error = math.hypot(standard_error(trained, name), standard_error(random, name))
         return trained[name] > random[name] + 2 * error
 
-    names = ["own_view", "others_farther_from_view"]
+    names = ["own_view", "others_farther_than_view"]
     if "linear_top1" in trained:
         names = ["linear_top1"]
     learnt = any(better(name) for name in names)

@@ -32,10 +32,10 @@ ROUNDING = 1e-6       # cosines that differ by less count as equal
 def neighbor_weights(neighbors, weighting="uniform"):
     """The shares w_1, ..., w_n of the n nearest keys: (neighbors,) float64, sums to 1.
 
-    "uniform": all alike. "tiered": half on the first tier of `TIERS`, a quarter on each other.
-    "geometric": every rank has half of the rank before; the last two are equal. These are
-    strategies 1, 2 and 3 of [Light]'s released code; its 3 has 11 keys and s 0.4. Raises ValueError
-    where a tier is undefined.
+    "uniform": all alike. "tiered": half on the first tier of `TIERS`, a quarter on the second, a
+    quarter on the third. "geometric": every rank has half of the rank before; the last two are
+    equal. These are strategies 1, 2 and 3 of [Light]'s released code, the last with 11 keys and
+    s = 0.4. Raises ValueError where no tiers are defined.
     """
     if weighting == "uniform":
         return torch.full((neighbors,), 1 / neighbors, dtype=torch.float64)
@@ -62,8 +62,8 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
     info, detached: accuracy (scalar, share of queries whose positive is above every negative),
     positive (N,) and nearest (N,), cosines of the positive and of the nearest negative,
-    neighbors (N, neighbors), their rows in the queue, nearest first. Raises ValueError for
-    arguments out of range.
+    neighbors (N, neighbors), the queue's rows that share the smoothing, nearest first. Raises
+    ValueError for arguments out of range.
     """
     check(q, k, queue, temperature, smoothing, neighbors, weighting)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -79,10 +79,10 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
         if neighbors > 0:
             weights = neighbor_weights(neighbors, weighting)                 # (n,)
             weights = weights.to(q, non_blocking=True)       # or the host would wait for the GPU
-            soft = near_logits @ weights
+            near_mean = near_logits @ weights
         else:
-            soft = logits[:, 1:].mean(1)
-        loss = logits.logsumexp(1) - (1 - smoothing) * logits[:, 0] - smoothing * soft
+            near_mean = logits[:, 1:].mean(1)
+        loss = logits.logsumexp(1) - (1 - smoothing) * logits[:, 0] - smoothing * near_mean
 
     positive = positive.detach()[:, 0]
     nearest = near_logits.detach()[:, 0] * temperature       # the best, as a cosine again
@@ -98,7 +98,7 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
 
 def check(q, k, queue, temperature, smoothing, neighbors, weighting):
-    """Raise ValueError that names the argument and the value seen."""
+    """Raise ValueError for an argument out of range: it names argument and value."""
     conditions = (
         (q.shape == k.shape and q.shape[1:] == queue.shape[1:],
          f"q {tuple(q.shape)}, k {tuple(k.shape)}, queue {tuple(queue.shape)}: must be (N, D), "

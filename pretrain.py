@@ -59,7 +59,7 @@ MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
     queue_size=65536,
     key_momentum=0.999,     # share of the old key encoder that a step keeps
     dim=128,                # of the embedding
-    hidden_dim="1x",        # width of the projection head; 2x: twice the feature's
+    hidden_dim="1x",        # of the head's hidden layer; 2x: twice as wide as the feature
     min_scale=0.2,          # least share of the image in a crop
     jitter=[0.4, 0.4, 0.4, 0.1],     # brightness, contrast, saturation, hue
     jitter_p=0.8,
@@ -69,16 +69,17 @@ MOCO_V2 = dict(             # arXiv 2003.04297 and its code, for ImageNet
 )
 RECIPES = {
     "moco_v2": MOCO_V2,
-    # [Small]'s released command. It starts from two epochs of distillation: without such --init
-    # this is not that paper's row, and with it not free of a teacher.
+    # [Small]'s released command. It starts from two epochs of distillation: without such an --init
+    # the results are not the paper's, and with it a teacher has helped.
     "small": MOCO_V2 | dict(temperature=0.1, hidden_dim="2x", batch_size=512, epochs=800,
                             jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
-    # [Light]: direction, temperature, lr, warm-up and head from the only settings string in its
+    # [Light]: both directions, temperature, lr, warm-up and head from the only settings string in its
     # code: ResNet-18, ImageNet-100, 100 epochs, without smoothing. Epochs and decay are that code's
     # defaults, batch 512 stands in one of its commands. Its loss is the sum of both directions,
-    # with lr 0.12 (for 512 images, we assume) and decay 1e-4. Our loss is the mean, half of that:
-    # so lr 0.24 for 512, 0.12 for 256, and half the decay. Weight and neighbours of the smoothing
-    # are ours: the code does not say which gave the paper's numbers.
+    # with lr 0.12 (for 512 images, we assume) and decay 1e-4. Ours is the mean, with half the
+    # gradient: so twice the lr (0.24 for 512, 0.12 for 256), and half the decay, since SGD
+    # multiplies it by the lr. Weight and neighbours of the smoothing are ours: the code does not
+    # say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
                             temperature=0.1, hidden_dim="2048", batch_size=512,
                             smoothing=0.1, neighbors=20),
@@ -95,11 +96,12 @@ def scale_to(images, args):
     most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
     100, momentum 0.99, and its queue holds the keys of 10 steps.
 
-    Steps count more than the size of a batch: it is the largest of 128, 256 and 512 that leaves
-    20,000 of them (a guess), is less than an eighth of the images, and no larger than the recipe's;
-    else 64, or 32 up to 500 images. Slices of batch norm have 32 images or more where they can,
-    since the mean of fewer is a poor estimate, but there are 2 to 8 of them. The warm-up is at most
-    a tenth of the run, but for the shapes. No smoothing: in short runs it has helped nothing.
+    Many steps count more than large batches. So the batch is 64 (32 up to 500 images), doubled as
+    long as that leaves 20,000 steps (a guess) and it stays below an eighth of the images and within
+    the recipe's. lr is 0.03; epochs are 400 up to 2,000 images, else 200; the warm-up is at most a
+    tenth of the run. Batch norm has 2 slices, doubled up to 8 while they have more than 32 images:
+    the mean of few is a poor estimate. No smoothing: over the nearest keys it has not helped in
+    short runs. The shapes have settings of their own. In `args`, None is what was not typed.
     """
     recipe = RECIPES[args.recipe]
     if images > 200_000:
@@ -172,9 +174,9 @@ def encode_keys(key_encoder, view, order):
     """
     # As (n, S, S, 3) a channels_last view is contiguous, so that gather copies nothing and keeps
     # its layout.
-    views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    shuffled = data.own_part(order)                                  # (n,) rows to encode here
-    keys = data.gather(key_encoder(views[shuffled]))                 # (N, D), permuted
+    all_views = data.gather(view.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    rows = data.own_part(order)                                      # (n,) to encode here
+    keys = data.gather(key_encoder(all_views[rows]))                 # (N, D), permuted
     return keys[order.argsort()]                                     # argsort undoes a permutation
 
 
@@ -221,7 +223,8 @@ def pretrain(args, stop):
                       small_images=args.image_size <= data.SMALL, slice_size=slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     run = Path(args.out or default_run(args, typed, dataset))
-    if args.init and (args.restart or not (run / "last.pt").exists()):     # else it has its own
+    continues = (run / "last.pt").exists() and not args.restart
+    if args.init and not continues:
         load_weights(encoder.backbone, args.init)
     checkpoint = None if args.dry_run else open_run(run, args)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -243,15 +246,15 @@ def pretrain(args, stop):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    steps = data.schedule(len(dataset), args.batch_size, args.epochs, args.seed, rank=rank,
-                          world=world, first_step=first_step)
+    items = data.schedule(len(dataset), args.batch_size, args.epochs, args.seed, rank=rank,
+                          world=world, first_step=first_step)        # a list for each step
     ready = 0                                  # batches before the clock starts
     if args.dry_run:                           # it may need more batches than a run has
         ready = 2 * args.workers + 3
-        steps = itertools.islice(itertools.cycle(steps), 3 * ready + 10)
-    loader = data.iterate(views, steps, args.workers, args.batch_size // world,
+        items = itertools.islice(itertools.cycle(items), 3 * ready + 10)
+    loaded = data.iterate(views, items, args.workers, args.batch_size // world,
                           pin_memory=device.type == "cuda")
-    batches = Batches(loader, device, ready)
+    batches = Batches(loaded, device, ready)
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
     if first_step == 0 and data.is_first() and not args.dry_run:
         data.draw_view_pairs(views, run / "views.png")
@@ -272,13 +275,13 @@ def pretrain(args, stop):
         order = order.to(device, non_blocking=True)
         view1 = data.augment(crops[0], params[0]).to(view_dtype)     # (n, 3, S, S)
         view2 = data.augment(crops[1], params[1]).to(view_dtype)
-        queries, positives = [view1], [view2]
+        query_views, key_views = [view1], [view2]
         if args.symmetric:
-            queries, positives = [view1, view2], [view2, view1]
+            query_views, key_views = [view1, view2], [view2, view1]
         with autocast:
-            q = torch.cat([query_encoder(view) for view in queries])                # (n or 2n, D)
-            keys = [encode_keys(key_encoder, view, order) for view in positives]    # (N, D) each
-        k = torch.cat([data.own_part(part) for part in keys])        # the positives of q
+            q = torch.cat([query_encoder(view) for view in query_views])            # (n or 2n, D)
+            keys = [encode_keys(key_encoder, view, order) for view in key_views]    # (N, D) each
+        k = torch.cat([data.own_part(part) for part in keys])        # the positive keys of q
         smoothing = smoothing_at(step, per_epoch, args)
         loss, info = soft_info_nce(q, k, queue.keys, smoothing=smoothing, **loss_options)
 
@@ -385,8 +388,8 @@ def mean_over_processes(device, **numbers):
 
 @torch.no_grad()
 def average_buffers(*encoders):
-    """Running statistics: the mean over all processes. They are linear in the batches, so it is
-    enough to do this before they are used."""
+    """Running statistics: the mean over all processes. As moving averages they need it only before
+    they are used: one late mean equals a mean after every step."""
     if dist.is_initialized():
         for encoder in encoders:
             for buffer in encoder.buffers():
@@ -400,9 +403,9 @@ def average_buffers(*encoders):
 class Batches:
     """The loader's batches, on the device, with a stopwatch.
 
-    For a dry run (`ready` > 0) it starts after so many batches, since the first steps are slow and
-    the first batches lay ready, or half a minute after the first step. A minute later it ends; but
-    several processes take all steps, since their clocks differ.
+    In a dry run, `ready` > 0, the stopwatch starts after so many batches, since the first steps are
+    slow and the first batches lay ready; or half a minute after the first step, if that is sooner.
+    A minute later the batches end. Several processes take them all, since their clocks differ.
     """
 
     def __init__(self, loader, device, ready=0):
@@ -411,9 +414,9 @@ class Batches:
         self.timed, self.waited = 0, 0.0       # batches since then, seconds of waiting for them
 
     def __iter__(self):
-        asked = time.perf_counter()
+        asked = first_step_done = time.perf_counter()
         for number, (crops, params, index) in enumerate(self.loader):
-            if number < 2:
+            if number == 1:
                 first_step_done = asked
             if number <= self.ready and asked - first_step_done < 30:
                 self.start, self.timed, self.waited = asked, 0, 0.0
@@ -460,19 +463,20 @@ class Log:
         return (at or alone_and_asked) and not self.args.dry_run
 
     def report(self, done, loss, info, near_images, index, keys):
-        """-> {"stop": ..., "save": ...}, as all processes agree. near_images (n, neighbors): whose
-        keys were nearest to the queries of index (n,), or of index twice; -1: of no image."""
-        theirs = self.labels[near_images.clamp(min=0)]
-        own = self.labels[index].repeat(len(keys))[:, None]
-        known = (near_images >= 0) & (theirs >= 0) & (own >= 0)
+        """-> {"stop": ..., "save": ...}, the same on all processes. index (n,): the batch's images.
+        near_images (n or 2n, neighbors): the images of each query's nearest keys; -1: a random
+        key, from before the first step."""
+        key_labels = self.labels[near_images.clamp(min=0)]           # (n or 2n, neighbors)
+        query_labels = self.labels[index].repeat(len(keys))[:, None]
+        known = (near_images >= 0) & (key_labels >= 0) & (query_labels >= 0)
         limit = self.args.save_minutes
-        if done % self.per_epoch == 0:
-            limit = min(1, limit)              # not at every end: an epoch may be one step
+        if done % self.per_epoch == 0:         # saves once the last save is a minute old
+            limit = min(1, limit)
         minutes = (time.monotonic() - self.saved_at) / 60
         overdue = minutes > limit or done == self.total_steps
         numbers = mean_over_processes(
             self.device, loss=loss, accuracy=info["accuracy"], positive=info["positive"].mean(),
-            nearest=info["nearest"].mean(), same=(known & (theirs == own)).sum(),
+            nearest=info["nearest"].mean(), same=(known & (key_labels == query_labels)).sum(),
             known=known.sum(), stop=bool(self.stop.asked), save=overdue)
         if not math.isfinite(numbers["loss"]):
             raise UserError(f"the loss was not finite near step {done}: the last good checkpoint, "
@@ -486,10 +490,12 @@ class Log:
         numbers |= self.evaluate(done)
         if data.is_first():
             self.write(done, numbers)
-        save = numbers["stop"] > 0 or numbers["save"] > 0
+        # The mean of a flag is above 0 if it is set on any process.
+        stop = numbers["stop"] > 0
+        save = numbers["save"] > 0 or stop
         if save:
             self.saved_at = time.monotonic()
-        return {"stop": numbers["stop"] > 0, "save": save}
+        return {"stop": stop, "save": save}
 
     def evaluate(self, done):
         """At the end of some epochs: kNN accuracy, or without labels own views found."""
@@ -566,8 +572,8 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-# May have changed when the same command continues a run. Where the images lie, too: their
-# fingerprint is compared.
+# What may have changed when a command continues a run. So may `data`, which is only where the
+# images lie: their fingerprint is compared.
 MAY_CHANGE = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
               "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
 
@@ -609,7 +615,9 @@ def open_run(run, args):
 def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
     old, new = checkpoint.get("settings", {}), vars(args)
-    may_change = MAY_CHANGE if new["init_weights"] else {*MAY_CHANGE, "init_weights"}   # lost
+    may_change = set(MAY_CHANGE)
+    if new["init_weights"] is None:            # the --init file is gone: nothing to compare
+        may_change.add("init_weights")
     different = sorted(name for name in {*old, *new} - may_change if old.get(name) != new.get(name))
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
     if words:
@@ -637,7 +645,7 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
 def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     """Write backbone.pt and last.pt, which has all there is to continue from after `done` steps.
 
-    last.pt is written after backbone.pt and the log, so that it promises nothing to come.
+    last.pt comes last: what it refers to is then on the disk.
     """
     average_buffers(encoder, key_encoder)
     if not data.is_first():
@@ -650,7 +658,7 @@ def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     state = dict(settings=vars(args), step=done, encoder=encoder.state_dict(),
                  key_encoder=key_encoder.state_dict(), optimizer=optimizer.state_dict(),
                  scaler=scaler.state_dict(), log_bytes=(run / "log.csv").stat().st_size,
-                 # A copy: torch.save would write all of the tensor that a part belongs to.
+                 # Clones: of a slice, as these are, torch.save would write the whole tensor.
                  queue=dict(keys=queue.keys.clone(), index=queue.index.clone()))
     write(run / "last.pt", serialize(state))
 
@@ -725,7 +733,7 @@ def resolve(args, dataset):
         args.image_size = data.default_image_size(dataset)
     settings = RECIPES[args.recipe] | scale_to(len(dataset), args)
     if args.image_size <= data.SMALL:
-        settings["blur_p"] = 0.0               # two pixels would be a tenth of the picture
+        settings["blur_p"] = 0.0               # a sigma of two pixels would hide outlines (ours)
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -843,8 +851,8 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 # ------------------------------------------------- start and end
 
 class StopSignals:
-    """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: stop after this step and save. Again, 3 seconds
-    later: stop at once."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: save and stop after this step, or with several
+    processes at the next line of the log. Again, 3 seconds later: stop at once."""
 
     def __init__(self):
         self.asked, self.since = 0, 0.0

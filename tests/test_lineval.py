@@ -194,7 +194,7 @@ def test_representation_space_is_its_formulas():
     potential = sum(math.exp(-2 * d2(a[i], a[j])) for i, j in pairs) / len(pairs)
     expected = dict(
         own_view=sum(all(a[i] @ b[i] > a[i] @ a[j] for j in n if j != i) for i in n) / 50,
-        others_farther_from_view=float(farther) / (50 * 49),
+        others_farther_than_view=float(farther) / (50 * 49),
         alignment=sum(d2(a[i], b[i]) for i in n) / 50,
         uniformity=math.log(potential),
         intra_class=sum(within) / 3,
@@ -224,7 +224,7 @@ def test_what_is_undefined_is_left_out():
 
 
 def report(rank=30.0, own=0.5, farther=0.9, **more):
-    return dict(effective_rank=rank, own_view=own, others_farther_from_view=farther,
+    return dict(effective_rank=rank, own_view=own, others_farther_than_view=farther,
                 view_images=1000, val_images=1000) | more
 
 

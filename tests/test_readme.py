@@ -83,7 +83,7 @@ def test_the_recipes_are_those_of_the_code():
     rows = table_rows(section("The recipes"))
     names = {"learning rate per 256 images": "lr", "warm-up epochs": "warmup_epochs",
              "weight decay": "weight_decay", "temperature": "temperature",
-             "head's width": "hidden_dim", "jitter": "jitter", "gray": "gray_p",
+             "head's hidden layer": "hidden_dim", "jitter": "jitter", "gray": "gray_p",
              "batch": "batch_size", "epochs": "epochs", "smoothing": "smoothing"}
     for column, recipe in enumerate(pretrain.RECIPES.values()):
         for row, name in names.items():

@@ -69,13 +69,14 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     items = [(0, row) for row in mine]         # of epoch 0
     batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
-    features = None
+    features, done = None, 0
     for crops, params, _ in data.iterate(views, batches, workers, batch_size):
         out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
         out = torch.stack(out, 1).cpu()                                  # (B, V, F)
         if features is None:                   # at once: a list to be joined would need twice that
             features = out.new_empty(each, *out.shape[1:])
-        features[progress.done:progress.done + len(out)] = out
+        features[done:done + len(out)] = out
+        done += len(out)
         progress.advance(len(out))
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
@@ -102,7 +103,7 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=1e-30)
 
 
-def neighbors(x, others, k, *, device="cpu", most=2 ** 27):
+def nearest_rows(x, others, k, *, device="cpu", most=2 ** 27):
     """The k nearest rows of `others` (M, F), or all if fewer, for each row of x (N, F), by
     Euclidean distance -> distances (N, k), rows (N, k), nearest first.
 
@@ -134,7 +135,7 @@ def knn_accuracy(train_x, train_y, val_x, val_y, *, k=200, temperature=0.07, dev
     k is at most the mean size of a class: 200 images could be most of a small dataset.
     """
     k = min(k, len(train_x) // len(train_y.unique()))
-    distance, rows = neighbors(unit(val_x), unit(train_x), k, device=device)        # (V, k)
+    distance, rows = nearest_rows(unit(val_x), unit(train_x), k, device=device)     # (V, k)
     cosine = 1 - distance ** 2 / 2                                       # of unit rows
     votes = torch.zeros(len(val_x), int(train_y.max()) + 1)
     votes.scatter_add_(1, train_y[rows], (cosine / temperature).exp())
@@ -147,7 +148,7 @@ def best_nn(train_x, train_y, val_x, val_y, *, max_k=101, device="cpu"):
     x (N, F), y (N,). k is chosen on val itself, which flatters. Of classes with equal votes the
     first wins, of several k the least.
     """
-    _, rows = neighbors(val_x, train_x, max_k, device=device)
+    _, rows = nearest_rows(val_x, train_x, max_k, device=device)
     near = train_y[rows]                                                 # (V, max_k)
     found = {k: accuracy(near[:, :k].mode().values, val_y) for k in range(1, near.shape[1] + 1, 2)}
     best_k = max(found, key=found.get)
@@ -617,7 +618,7 @@ def load_weights(backbone, path, encoder="query"):
 
 # ------------------------------------------------- pictures
 
-BLUE, ORANGE, GRAY = (40, 100, 220), (240, 140, 20), (150, 150, 150)
+BLUE, ORANGE, SILVER = (40, 100, 220), (240, 140, 20), (150, 150, 150)
 COLORS = [f"hsl({hue}, 80%, 42%)" for hue in range(0, 360, 30)]
 
 
@@ -636,10 +637,10 @@ def plot(path, panels, width, height, dots=False):
         every = torch.cat([points for points, *_ in groups])
         low, high = every.amin(0), every.amax(0)
         pen.text((left, top - 20), title, "black")
-        pen.rectangle((left, top, right, bottom), outline=GRAY)
+        pen.rectangle((left, top, right, bottom), outline=SILVER)
         if not dots:                           # the range of y
-            pen.text((left + 4, top + 2), f"{high[1]:.3g}", GRAY)
-            pen.text((left + 4, bottom - 18), f"{low[1]:.3g}", GRAY)
+            pen.text((left + 4, top + 2), f"{high[1]:.3g}", SILVER)
+            pen.text((left + 4, bottom - 18), f"{low[1]:.3g}", SILVER)
         scale, zero = torch.tensor([right - left, top - bottom]), torch.tensor([left, bottom])
         names = []
         for points, color, name in groups:
@@ -661,21 +662,24 @@ def plot(path, panels, width, height, dots=False):
 def draw_curve(log_csv, png):
     """The log as a picture: loss, kNN or own view found, neighbours of the same class."""
     rows, panels = read_log(log_csv), {}
+
+    def points_of(column):
+        return [(row["step"], row[column]) for row in rows if column in row]
+
     for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
                          ("same_class", "same_class_chance")):
-        points, guessed = ([(row["step"], row[column]) for row in rows if column in row]
-                           for column in (name, chance))
+        points, guessed = points_of(name), points_of(chance)
         if points:
             (first, start), (last, end) = points[0], points[-1]
             title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
-            panels[title] = [(guessed, GRAY, "chance"), (points, BLUE, "")]
+            panels[title] = [(guessed, SILVER, "chance"), (points, BLUE, "")]
     plot(png, panels, 600, 170)
 
 
-def draw_few_labels(path, networks):
+def draw_few_labels(path, reports):
     """Accuracy over the number of labels, by the linear probe and fine-tuned: {title: report}."""
     lines = []
-    for number, (title, report) in enumerate(networks.items()):
+    for number, (title, report) in enumerate(reports.items()):
         for shift, kind in enumerate(("linear", "finetuned")):
             points = [(math.log10(row["labels"]), 100 * row[kind])
                       for row in report["few_labels"] if kind in row]
@@ -683,12 +687,12 @@ def draw_few_labels(path, networks):
     plot(path, {"accuracy in % over number of labels (log scale)": lines}, 600, 420)
 
 
-def draw_map(path, networks, labels, names):
+def draw_map(path, features, labels, names):
     """2-D PCA of unit rows, a panel each of {title: features (N, F)}; a colour a class, the first
     12 of them."""
     panels = {}
-    for title, features in networks.items():
-        x = unit(features)
+    for title, x in features.items():
+        x = unit(x)
         x = x - x.mean(0)
         plane = x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T    # (N, 2)
         shown = zip(labels.unique().tolist(), COLORS)
@@ -705,11 +709,11 @@ def draw_rows(path, queries, others, near):
 
     tiles = []
     for i, label in enumerate(queries.labels.tolist()):
-        tiles.append(framed(queries, i, GRAY))
+        tiles.append(framed(queries, i, SILVER))
         for other in near[i].tolist():
             theirs = others.labels[other]
             frame = BLUE if theirs == label else ORANGE
-            tiles.append(framed(others, other, frame if min(theirs, label) >= 0 else GRAY))
+            tiles.append(framed(others, other, frame if min(theirs, label) >= 0 else SILVER))
     grid = make_grid(torch.cat(tiles), nrow=1 + near.shape[1], pad_value=255)
     with data.writing(path):
         TF.to_pil_image(grid).save(path)
@@ -747,28 +751,30 @@ def load_networks(args, run, arch, size, small):
         if file and (Path(file).parent / "args.json").exists():
             raise UserError(f"{flag} {file}: it lies in a run of pretrain.py, which knows its "
                             f"network: pass the folder, or two, as in lineval.py RUN1 RUN2")
-    part = "last.pt" if args.encoder == "key" else "backbone.pt"
-    files = {"random": None}
-    if args.against:
-        files[f"against {Path(args.against).stem}"] = args.against
-    files["pretrained"] = args.weights or run / part       # last: its features are used further
-    networks = {}
-    for name, file in files.items():
+
+    def network(file, size, small, encoder="query"):
         torch.manual_seed(args.seed)
-        theirs = name.startswith("against")    # made by torchvision, for large images
-        net = build_backbone(arch, small and not theirs)
+        net = build_backbone(arch, small)
         net = net.to(data.own_device(), memory_format=torch.channels_last)
         if file:
-            load_weights(net, file, "query" if theirs else args.encoder)
-        networks[name] = (net, enlarged(size) if theirs else size)
+            load_weights(net, file, encoder)
+        return net, size
+
+    networks = {"random": network(None, size, small)}
+    if args.against:                           # torchvision's, made for large images
+        title = f"against {Path(args.against).stem}"
+        networks[title] = network(args.against, enlarged(size), small=False)
+    part = "last.pt" if args.encoder == "key" else "backbone.pt"
+    # Last: its features are used further.
+    networks["pretrained"] = network(args.weights or run / part, size, small, args.encoder)
     return networks
 
 
-def evaluate(args, run, measured):
-    """Measure a run's network and its random twin: print a table, append (title, {network: its
-    report}) to `measured`, write report and pictures into the run's folder. With --data OTHER or
-    the key encoder their names end in -OTHER, -key."""
-    settings = dict(arch=args.arch, data="shapes", classes="folders", image_size=None, dataset=None,
+def evaluate(args, run):
+    """Measure a run's network and its random twin: print a table, write report and pictures into
+    the run's folder -> title, {network: its report}. With --data OTHER or the key encoder the
+    files' names end in -OTHER, -key."""
+    settings = dict(data="shapes", classes="folders", image_size=None, dataset=None,
                     skip_unreadable=False)
     log = []
     if run:
@@ -777,8 +783,13 @@ def evaluate(args, run, measured):
                             f"as runs/...")
         settings |= json.loads((run / "args.json").read_text())
         log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
-    name, arch = args.data or settings["data"], args.arch or settings["arch"]
-    with_classes = (args.classes or ("folders" if args.data else settings["classes"])) != "none"
+    if args.data:                              # whose folders may be classes
+        settings["classes"] = "folders"
+    for flag in ("arch", "data", "classes"):
+        if getattr(args, flag):
+            settings[flag] = getattr(args, flag)
+    name, arch = settings["data"], settings["arch"]
+    with_classes = settings["classes"] != "none"
     skip = settings["skip_unreadable"]
     whole = data.load_dataset(name, "train", with_classes, skip)
     own_data = whole.fingerprint() == settings["dataset"]
@@ -815,13 +826,12 @@ def evaluate(args, run, measured):
     columns = {network: report[network] for network in networks}
     print_table(columns, args.all)
     say(f"{title}: {report['verdict']}")
-    measured.append((title, columns))
 
     # From here on files: the report stands already, whatever the disk says.
     if args.features:
         write_features(args.features, train, val, train_x, features["pretrained"])
     if not (run or args.out):
-        return
+        return title, columns
     folder = Path(args.out or run)
     end = "" if own_data or not args.data else f"-{train.name}"
     end += "-key" if args.encoder == "key" else ""
@@ -830,7 +840,7 @@ def evaluate(args, run, measured):
         (folder / f"lineval{end}.json").write_text(json.dumps(report, indent=1) + "\n")
     # Five images, and the five that are nearest to a training image.
     order = data.permutation(len(val), data.SAMPLE, args.seed, 2)
-    distance, near = neighbors(unit(features["pretrained"]), unit(train_x), 8, device=device)
+    distance, near = nearest_rows(unit(features["pretrained"]), unit(train_x), 8, device=device)
     shown = torch.cat([order[:5], distance[:, 0].argsort()[:5]])
     draw_rows(folder / f"neighbors{end}.png", val.select(shown), train, near[shown])
     if labelled:
@@ -845,6 +855,7 @@ def evaluate(args, run, measured):
                             args.seed)
     say(f"written into {folder}: lineval{end}.json and pictures; in the last rows of neighbors{end}"
         f".png, validation images most like a training image, perhaps duplicates")
+    return title, columns
 
 
 def read_flags(argv):
@@ -906,20 +917,13 @@ def main(argv=None):
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
-    measured, refused = [], []
-    for run in runs:
-        try:
-            evaluate(args, run, measured)
-        except UserError as error:             # the others can still be compared
-            refused.append(data.last_line(error))
+    measured = [evaluate(args, run) for run in runs]
     if len(measured) > 1:
         columns = {}
-        for number, (title, networks) in enumerate(measured, 1):
+        for number, (title, reports) in enumerate(measured, 1):
             say(f"{number}: {title}")
-            columns |= {f"{network} {number}": report for network, report in networks.items()}
+            columns |= {f"{network} {number}": report for network, report in reports.items()}
         print_table(columns, args.all)
-    if refused:
-        raise UserError("; ".join(refused))
 
 
 if __name__ == "__main__":

@@ -396,7 +396,7 @@ def multiply_adds(net, size=224):
     return counter.get_total_flops() // 2                     # it counts the additions too
 
 
-def print_table():
+def print_sizes():
     """All networks with a layer for 1000 classes, at 224 px: torchvision documents the same."""
     print("with a 1000-class layer, at 224 px")
     print("arch                 feature dim  parameters (M)  multiply-adds (G)")
@@ -462,4 +462,4 @@ class NarrowDepthwise(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    print_table()
+    print_sizes()

@@ -12,6 +12,7 @@ old keys stays comparable. The recipes follow two papers on small networks, [Lig
 run. Then: python lineval.py
 """
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
@@ -73,11 +74,11 @@ RECIPES = {
     # the results are not the paper's, and with it a teacher has helped.
     "small": MOCO_V2 | dict(temperature=0.1, hidden_dim="2x", batch_size=512, epochs=800,
                             jitter=[0.8, 0.8, 0.8, 0.4], gray_p=0.5),
-    # [Light]: both directions, temperature, lr, warm-up and head from the only settings string in its
-    # code: ResNet-18, ImageNet-100, 100 epochs, without smoothing. Epochs and decay are that code's
-    # defaults, batch 512 stands in one of its commands. Its loss is the sum of both directions,
-    # with lr 0.12 (for 512 images, we assume) and decay 1e-4. Ours is the mean, with half the
-    # gradient: so twice the lr (0.24 for 512, 0.12 for 256), and half the decay, since SGD
+    # [Light]: both directions, temperature, lr, warm-up and head from the only settings string in
+    # its code: ResNet-18, ImageNet-100, 100 epochs, without smoothing. Epochs and decay are that
+    # code's defaults, batch 512 stands in one of its commands. Its loss is the sum of both
+    # directions, with lr 0.12 (for 512 images, we assume) and decay 1e-4. Ours is the mean, with
+    # half the gradient: so twice the lr (0.24 for 512, 0.12 for 256), and half the decay, since SGD
     # multiplies it by the lr. Weight and neighbours of the smoothing are ours: the code does not
     # say which gave the paper's numbers.
     "light": MOCO_V2 | dict(symmetric=True, lr=0.12, warmup_epochs=3.0, weight_decay=5e-5,
@@ -202,8 +203,8 @@ def smoothing_at(step, per_epoch, args):
     return args.smoothing * 0.5 * (1 - math.cos(math.pi * progress))
 
 
-def pretrain(args, stop):
-    """Train as `args` say. `stop` tells when somebody wants it to end early."""
+def pretrain(args):
+    """Train as `args` say -> exit code."""
     # -- processes, device, data
     rank, world = start_processes()
     device = data.own_device()
@@ -223,8 +224,7 @@ def pretrain(args, stop):
                       small_images=args.image_size <= data.SMALL, slice_size=slice_size)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     run = Path(args.out or default_run(args, typed, dataset))
-    continues = (run / "last.pt").exists() and not args.restart
-    if args.init and not continues:
+    if args.init and not continues(run, args):
         load_weights(encoder.backbone, args.init)
     checkpoint = None if args.dry_run else open_run(run, args)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -262,6 +262,7 @@ def pretrain(args, stop):
         for part in (encoder, key_encoder):
             part.backbone.compile()            # in place: the state dict keeps its names
         data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
+    stop = SimpleNamespace(asked=0) if args.dry_run else StopSignals()
     log = Log(run, args, dataset, encoder, batches, stop)
 
     # -- MoCo's Algorithm 1
@@ -487,9 +488,9 @@ class Log:
         if numbers["known"]:
             numbers["same_class"] = numbers["same"] / numbers["known"]
             numbers["same_class_chance"] = self.args.same_class_chance
-        numbers |= self.evaluate(done)
+        numbers |= self.measure(done)
         if data.is_first():
-            self.write(done, numbers)
+            self.write_row(done, numbers)
         # The mean of a flag is above 0 if it is set on any process.
         stop = numbers["stop"] > 0
         save = numbers["save"] > 0 or stop
@@ -497,7 +498,7 @@ class Log:
             self.saved_at = time.monotonic()
         return {"stop": stop, "save": save}
 
-    def evaluate(self, done):
+    def measure(self, done):
         """At the end of some epochs: kNN accuracy, or without labels own views found."""
         args = self.args
         epoch, rest = divmod(done, self.per_epoch)
@@ -514,7 +515,7 @@ class Log:
         self.batches.start += time.perf_counter() - began            # images/s is of training
         return found
 
-    def write(self, done, numbers):
+    def write_row(self, done, numbers):
         args, batches = self.args, self.batches
         step, seconds = done - 1, batches.seconds()
         row = numbers | dict(
@@ -590,6 +591,13 @@ def default_run(args, typed, dataset):
     return Path("runs") / name[:200]
 
 
+def continues(run, args):
+    """Whether there is a checkpoint to go on from. --restart is for torchrun's first start, not for
+    those after a crash."""
+    crashed = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return (run / "last.pt").exists() and (crashed or not args.restart)
+
+
 def open_run(run, args):
     """Take the run's folder -> its checkpoint to continue from, or None for a new start."""
     with data.writing(run):
@@ -599,8 +607,7 @@ def open_run(run, args):
         raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
                         f"folder with --out")
     checkpoint = None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if "last.pt" in found and (restarted or not args.restart):
+    if continues(run, args):
         checkpoint = load_file(run / "last.pt")
         compare_settings(run, checkpoint, args)
     if dist.is_initialized():
@@ -873,7 +880,10 @@ class StopSignals:
             os._exit(128 + number)
         self.asked, self.since = int(number), time.monotonic()
         when = "at the next line of the log" if dist.is_initialized() else "after this step"
-        say(f"stopping {when}; again, 3 seconds later, to stop at once")
+        words = f"stopping {when}; again, 3 seconds later, to stop at once\n"
+        if data.is_first():
+            with contextlib.suppress(OSError): # no print, which may be what was interrupted
+                os.write(1, words.encode())
 
 
 def keep_freed_memory():
@@ -896,8 +906,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True      # shapes are fixed
     if not torch.cuda.is_available():
         keep_freed_memory()
-    stop = SimpleNamespace(asked=0) if args.dry_run else StopSignals()
-    code = pretrain(args, stop)
+    code = pretrain(args)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -24,7 +24,6 @@ import sys
 import warnings
 from collections import Counter
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,7 +264,7 @@ def trace_steps(argv, world):
     # The trace sees its own thread only: no thread of their own for a GPU's gradients.
     with trace, torch.autograd.set_multithreading_enabled(False):
         check_that_it_notices(trace)
-        pretrain.pretrain(args, SimpleNamespace(asked=0))
+        pretrain.pretrain(args)
     return trace.log
 
 

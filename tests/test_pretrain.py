@@ -5,6 +5,10 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -264,7 +268,7 @@ def test_ctrl_c_ends_a_dry_run_at_once(images, monkeypatch):
         pretrain.main(["--data", str(images), "--dry-run", *TINY])
 
 
-def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypatch):
+def test_every_signal_asks_first_and_ends_at_once_when_repeated(capfd, monkeypatch):
     """But not when it comes twice at once, as torchrun and the process group each send it."""
     def end(code):
         raise SystemExit(code)
@@ -273,12 +277,27 @@ def test_every_signal_asks_first_and_ends_at_once_when_repeated(capsys, monkeypa
         signal.signal(number, signal.SIG_DFL)
         stop = pretrain.StopSignals()
         os.kill(os.getpid(), number)
-        assert stop.asked == number and "again, 3 seconds later, to stop at once" in capsys.readouterr().out
+        assert stop.asked == number and "again, 3 seconds later, to stop at once" in capfd.readouterr().out
         os.kill(os.getpid(), number)
         stop.since -= 4                                                  # seconds later
         with pytest.raises(SystemExit) as stopped:
             os.kill(os.getpid(), number)
         assert stopped.value.code == 128 + number
+
+
+def test_a_signal_in_the_middle_of_a_print_is_heard():
+    """Where nobody reads the output, a print waits, and Python refuses another one inside it."""
+    script = ("import os, signal, threading, data, pretrain\n"
+              "stop = pretrain.StopSignals()\n"
+              "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+              "while not stop.asked: data.say('x' * 1000)\n"
+              "data.say('end')")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=Path(pretrain.__file__).parent, env=os.environ | {"PYTHONUNBUFFERED": ""})
+    process.stdout.read(1)
+    time.sleep(2)
+    out, err = process.communicate(timeout=60)
+    assert out.endswith("end\n") and "stopping" in out and not err, err
 
 
 def test_nohup_is_obeyed_unless_torchrun_would_kill(monkeypatch):
@@ -336,6 +355,14 @@ def test_restart_forgets_the_old_checkpoint_and_log(run, images, tmp_path):
     assert pretrain.open_run(folder, resolved(images, *TINY, "--restart")) is None
     left = {f.name for f in folder.iterdir()}
     assert {"notes.txt", "args.json"} < left and not {"last.pt", "log.csv"} & left
+
+
+def test_after_a_crash_a_restarted_run_continues_even_without_its_start_file(run, images, tmp_path, monkeypatch, capsys):
+    folder = copy_of(run, tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    flags = ["--init", str(tmp_path / "gone.pt"), "--restart"]
+    assert pretrain.main(["--data", str(images), "--out", str(folder), *TINY, *flags]) == 0
+    assert "continuing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [["args.json.tmp"], ["args.json", "views.png"]])

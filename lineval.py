@@ -372,9 +372,9 @@ HELD_OUT = 0.2            # share of a dataset without a val split that is kept 
 def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     """`train`, that split of dataset `name` -> train, val, labelled, note (what to tell the user).
 
-    labelled: whether train has two classes. If so, images without a label are dropped from both
-    splits. Without a val split, or without labels in it, a random fifth of train is held out.
-    Raises UserError if either split has fewer than two images.
+    labelled: whether train has two classes or more. If so, images without a label are dropped from
+    both splits. If no val image is left, a random fifth of train is held out. Raises UserError if
+    either split has fewer than two images.
     """
     val = None
     if data.has_val(name):

@@ -192,8 +192,8 @@ def lr_at(step, per_epoch, args):
 
 
 def smoothing_at(step, per_epoch, args):
-    """0 until the warm-up is over, as in [Light]'s code, and the queue holds real keys only (ours);
-    then constant, or [Light]'s ramp of half a cosine over the whole run."""
+    """0 during the warm-up, as in [Light]'s code, and while the queue holds random keys (ours); then
+    constant, or [Light]'s ramp of half a cosine over the whole run."""
     real_keys = step * args.batch_size * (2 if args.symmetric else 1)
     if step < args.warmup_epochs * per_epoch or real_keys < args.queue_size:
         return 0.0
@@ -405,8 +405,8 @@ class Batches:
     """The loader's batches, on the device, with a stopwatch.
 
     In a dry run, `ready` > 0, the stopwatch starts after so many batches, since the first steps are
-    slow and the first batches lay ready; or half a minute after the first step, if that is sooner.
-    A minute later the batches end. Several processes take them all, since their clocks differ.
+    slow and the first batches prefetched; or half a minute after the first step, if that is sooner.
+    A minute later the batches end, but not those of several processes, whose clocks differ.
     """
 
     def __init__(self, loader, device, ready=0):

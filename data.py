@@ -372,8 +372,8 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     paths, left_out = find_images(folder)
     if not paths:
         raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
-    class_names = [class_of(path) if with_classes else "" for path in paths]
-    here = {*class_names} - {""}
+    folders = [class_of(path) if with_classes else "" for path in paths]
+    here = {*folders} - {""}
     classes = sorted(here)
     if with_classes and split == "val":        # val's classes are numbered as train's
         classes = sorted({class_of(path) for path in find_images(train)[0]} - {""})
@@ -383,7 +383,7 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
     label_of = {name: label for label, name in enumerate(classes)}
-    labels = torch.tensor([label_of.get(name, -1) for name in class_names])
+    labels = torch.tensor([label_of.get(name, -1) for name in folders])
     root_name = os.path.basename(os.path.realpath(name_or_path)) or "root"
     dataset = Images(root_name, paths, labels, classes, folder, left_out)
     return leave_out_unreadable(dataset) if skip_unreadable else dataset
@@ -659,8 +659,8 @@ def draw_view_pairs(two_views, path, count=8):
         picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
 
 
-def iterate(views, batches, workers, batch_size, pin_memory=False):
-    """Yield crops, params, index of each list of items in `batches`, of at most `batch_size`.
+def iterate(views, item_lists, workers, batch_size, pin_memory=False):
+    """Yield crops, params, index of each of `item_lists`, which have at most `batch_size` items.
 
     Raises LocalError for an image that cannot be read.
     """
@@ -679,7 +679,7 @@ def iterate(views, batches, workers, batch_size, pin_memory=False):
     # Forked workers share the list of files, and a signal to all processes ends none that is just
     # starting. From Python 3.14 on this must be asked for.
     fork = "fork" if workers and sys.platform == "linux" else None
-    yield from DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+    yield from DataLoader(views, batch_sampler=item_lists, num_workers=workers, collate_fn=collate,
                           worker_init_fn=outlive_signals, pin_memory=pin_memory,
                           multiprocessing_context=fork)
 

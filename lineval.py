@@ -67,10 +67,10 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     each = math.ceil(n / processes)
     mine = data.own_part(torch.arange(each * processes) % n).tolist()
     items = [(0, row) for row in mine]         # of epoch 0
-    batches = [items[i:i + batch_size] for i in range(0, each, batch_size)]
+    item_lists = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
     features, done = None, 0
-    for crops, params, _ in data.iterate(views, batches, workers, batch_size):
+    for crops, params, _ in data.iterate(views, item_lists, workers, batch_size):
         out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
         out = torch.stack(out, 1).cpu()                                  # (B, V, F)
         if features is None:                   # at once: a list to be joined would need twice that
@@ -241,9 +241,9 @@ def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, dev
     per_epoch = len(train) // batch_size
     milestones = [round(drop * epochs * per_epoch) for drop in drops]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    batches = data.schedule(len(train), batch_size, epochs, seed)
+    item_lists = data.schedule(len(train), batch_size, epochs, seed)
     progress = data.Progress("steps of training", epochs * per_epoch)
-    for crops, params, index in data.iterate(views, batches, workers, batch_size):
+    for crops, params, index in data.iterate(views, item_lists, workers, batch_size):
         with torch.set_grad_enabled(not frozen):
             x = net(data.augment(crops[0].to(device), params[0]))        # (B, F)
         optimizer.zero_grad()
@@ -296,13 +296,13 @@ def find_own(x, view):
     """
     x = unit(x)
     own = (x * unit(view)).sum(1, keepdim=True)                          # (N, 1)
-    n, found, pairs = len(x), 0, 0
+    n, found, nearer_pairs = len(x), 0, 0
     for rows in torch.arange(n).split(1024):
         nearer = x[rows] @ x.T > own[rows] - ROUNDING                    # (rows, N)
         nearer[range(len(rows)), rows] = False                           # an image itself
         found += (nearer.sum(1) == 0).sum().item()
-        pairs += nearer.sum().item()
-    return found / n, 1 - pairs / (n * (n - 1))
+        nearer_pairs += nearer.sum().item()
+    return found / n, 1 - nearer_pairs / (n * (n - 1))
 
 
 def mean_distance(x):
@@ -498,7 +498,7 @@ def write_features(file, train, val, train_x, val_x):
 
 def standard_error(report, name):
     """Of a share p of n independent images: sqrt(p (1 - p) / n). Of a mean of n shares, as farther
-    than own view is one, it is at most that."""
+    than own view is one, about that at most."""
     of_views = ("own_view", "others_farther_than_view")
     n = report["view_images" if name in of_views else "val_images"]
     return math.sqrt(report[name] * (1 - report[name]) / n)
@@ -711,9 +711,9 @@ def draw_rows(path, queries, others, near):
     for i, label in enumerate(queries.labels.tolist()):
         tiles.append(framed(queries, i, SILVER))
         for other in near[i].tolist():
-            theirs = others.labels[other]
-            frame = BLUE if theirs == label else ORANGE
-            tiles.append(framed(others, other, frame if min(theirs, label) >= 0 else SILVER))
+            other_label = others.labels[other]
+            frame = BLUE if other_label == label else ORANGE
+            tiles.append(framed(others, other, frame if min(other_label, label) >= 0 else SILVER))
     grid = make_grid(torch.cat(tiles), nrow=1 + near.shape[1], pad_value=255)
     with data.writing(path):
         TF.to_pil_image(grid).save(path)
@@ -752,21 +752,21 @@ def load_networks(args, run, arch, size, small):
             raise UserError(f"{flag} {file}: it lies in a run of pretrain.py, which knows its "
                             f"network: pass the folder, or two, as in lineval.py RUN1 RUN2")
 
-    def network(file, size, small, encoder="query"):
+    def build(small_images, file=None, encoder="query"):
         torch.manual_seed(args.seed)
-        net = build_backbone(arch, small)
+        net = build_backbone(arch, small_images)
         net = net.to(data.own_device(), memory_format=torch.channels_last)
         if file:
             load_weights(net, file, encoder)
-        return net, size
+        return net
 
-    networks = {"random": network(None, size, small)}
+    networks = {"random": (build(small), size)}
     if args.against:                           # torchvision's, made for large images
-        title = f"against {Path(args.against).stem}"
-        networks[title] = network(args.against, enlarged(size), small=False)
-    part = "last.pt" if args.encoder == "key" else "backbone.pt"
+        name = f"against {Path(args.against).stem}"
+        networks[name] = (build(False, args.against), enlarged(size))
+    file = args.weights or run / ("last.pt" if args.encoder == "key" else "backbone.pt")
     # Last: its features are used further.
-    networks["pretrained"] = network(args.weights or run / part, size, small, args.encoder)
+    networks["pretrained"] = (build(small, file, args.encoder), size)
     return networks
 
 
@@ -778,9 +778,6 @@ def evaluate(args, run):
                     skip_unreadable=False)
     log = []
     if run:
-        if not (run / "args.json").exists():
-            raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such "
-                            f"as runs/...")
         settings |= json.loads((run / "args.json").read_text())
         log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
     if args.data:                              # whose folders may be classes
@@ -917,6 +914,10 @@ def main(argv=None):
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
+    for run in runs:                           # before the long work on the first one
+        if run and not (run / "args.json").exists():
+            raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such "
+                            f"as runs/...")
     measured = [evaluate(args, run) for run in runs]
     if len(measured) > 1:
         columns = {}

@@ -62,8 +62,8 @@ def soft_info_nce(q, k, queue, *, temperature, smoothing=0.0, neighbors=0, weigh
 
     info, detached: accuracy (scalar, share of queries whose positive is above every negative),
     positive (N,) and nearest (N,), cosines of the positive and of the nearest negative,
-    neighbors (N, neighbors), the queue's rows that share the smoothing, nearest first. Raises
-    ValueError for arguments out of range.
+    neighbors (N, neighbors), which rows of the queue are nearest, nearest first. Raises ValueError
+    for arguments out of range.
     """
     check(q, k, queue, temperature, smoothing, neighbors, weighting)
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -192,8 +192,8 @@ def lr_at(step, per_epoch, args):
 
 
 def smoothing_at(step, per_epoch, args):
-    """0 during the warm-up, as in [Light]'s code, and while the queue holds random keys (ours); then
-    constant, or [Light]'s ramp of half a cosine over the whole run."""
+    """0 during the warm-up, as in [Light]'s code, and while the queue holds random keys (ours);
+    then constant, or [Light]'s ramp of half a cosine over the whole run."""
     real_keys = step * args.batch_size * (2 if args.symmetric else 1)
     if step < args.warmup_epochs * per_epoch or real_keys < args.queue_size:
         return 0.0
@@ -246,13 +246,13 @@ def pretrain(args):
     views = data.TwoViews(dataset, args.image_size, args.seed, min_scale=args.min_scale,
                           jitter=args.jitter, jitter_p=args.jitter_p, gray_p=args.gray_p,
                           blur_p=args.blur_p)
-    items = data.schedule(len(dataset), args.batch_size, args.epochs, args.seed, rank=rank,
-                          world=world, first_step=first_step)        # a list for each step
+    item_lists = data.schedule(len(dataset), args.batch_size, args.epochs, args.seed, rank=rank,
+                               world=world, first_step=first_step)
     ready = 0                                  # batches before the clock starts
     if args.dry_run:                           # it may need more batches than a run has
         ready = 2 * args.workers + 3
-        items = itertools.islice(itertools.cycle(items), 3 * ready + 10)
-    loaded = data.iterate(views, items, args.workers, args.batch_size // world,
+        item_lists = itertools.islice(itertools.cycle(item_lists), 3 * ready + 10)
+    loaded = data.iterate(views, item_lists, args.workers, args.batch_size // world,
                           pin_memory=device.type == "cuda")
     batches = Batches(loaded, device, ready)
     announce(args, typed, dataset, world, device, run, first_step, total_steps)
@@ -262,6 +262,7 @@ def pretrain(args):
         for part in (encoder, key_encoder):
             part.backbone.compile()            # in place: the state dict keeps its names
         data.COLOR_STEPS[:] = [torch.compile(adjust, dynamic=True) for adjust in data.COLOR_STEPS]
+    # Only now: until here an interrupt loses nothing.
     stop = SimpleNamespace(asked=0) if args.dry_run else StopSignals()
     log = Log(run, args, dataset, encoder, batches, stop)
 
@@ -402,21 +403,21 @@ def average_buffers(*encoders):
 # ------------------------------------------------- batches and reports
 
 class Batches:
-    """The loader's batches, on the device, with a stopwatch.
+    """The loaded batches, on the device, with a stopwatch.
 
     In a dry run, `ready` > 0, the stopwatch starts after so many batches, since the first steps are
     slow and the first batches prefetched; or half a minute after the first step, if that is sooner.
     A minute later the batches end, but not those of several processes, whose clocks differ.
     """
 
-    def __init__(self, loader, device, ready=0):
-        self.loader, self.device, self.ready = loader, device, ready
+    def __init__(self, loaded, device, ready=0):
+        self.loaded, self.device, self.ready = loaded, device, ready
         self.start = time.perf_counter()
         self.timed, self.waited = 0, 0.0       # batches since then, seconds of waiting for them
 
     def __iter__(self):
         asked = first_step_done = time.perf_counter()
-        for number, (crops, params, index) in enumerate(self.loader):
+        for number, (crops, params, index) in enumerate(self.loaded):
             if number == 1:
                 first_step_done = asked
             if number <= self.ready and asked - first_step_done < 30:
@@ -488,7 +489,7 @@ class Log:
         if numbers["known"]:
             numbers["same_class"] = numbers["same"] / numbers["known"]
             numbers["same_class_chance"] = self.args.same_class_chance
-        numbers |= self.measure(done)
+        numbers |= self.measure_if_due(done)
         if data.is_first():
             self.write_row(done, numbers)
         # The mean of a flag is above 0 if it is set on any process.
@@ -498,7 +499,7 @@ class Log:
             self.saved_at = time.monotonic()
         return {"stop": stop, "save": save}
 
-    def measure(self, done):
+    def measure_if_due(self, done):
         """At the end of some epochs: kNN accuracy, or without labels own views found."""
         args = self.args
         epoch, rest = divmod(done, self.per_epoch)
@@ -623,7 +624,7 @@ def compare_settings(run, checkpoint, args):
     """Raise UserError if the checkpoint is none of ours, or was made with other settings."""
     old, new = checkpoint.get("settings", {}), vars(args)
     may_change = set(MAY_CHANGE)
-    if new["init_weights"] is None:            # the --init file is gone: nothing to compare
+    if new["init_weights"] is None:            # no --init, or its file is gone: nothing to compare
         may_change.add("init_weights")
     different = sorted(name for name in {*old, *new} - may_change if old.get(name) != new.get(name))
     words = [f"{name} was {old.get(name)}, now {new.get(name)}" for name in different]
@@ -652,7 +653,7 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
 def save(run, args, done, encoder, key_encoder, optimizer, scaler, queue):
     """Write backbone.pt and last.pt, which has all there is to continue from after `done` steps.
 
-    last.pt comes last: what it refers to is then on the disk.
+    last.pt comes last, so that backbone.pt and the log are never older than it.
     """
     average_buffers(encoder, key_encoder)
     if not data.is_first():

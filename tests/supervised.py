@@ -66,8 +66,8 @@ def main():
     log = csv.writer(open(args.out / "log.csv", "w", newline="", buffering=1))
     log.writerow(["epoch", "step", "loss", "knn_backbone", "top1"])
 
-    steps = data.schedule(len(train), args.batch_size, args.epochs, args.seed)
-    batches = data.iterate(views, steps, 0, args.batch_size)
+    item_lists = data.schedule(len(train), args.batch_size, args.epochs, args.seed)
+    batches = data.iterate(views, item_lists, 0, args.batch_size)
     for step, (crops, params, index) in enumerate(batches):
         logits = head(backbone(data.augment(crops[0], params[0])))       # (N, classes)
         loss = F.cross_entropy(logits, train.labels[index])

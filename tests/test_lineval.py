@@ -541,6 +541,12 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     one_line_error(run_script("lineval.py", "nowhere", cwd=tmp_path), "nowhere")
 
 
+def test_a_mistyped_run_is_named_before_the_long_work(run, capsys):
+    with pytest.raises(data.UserError, match="nowhere"):
+        lineval.main([str(run), "nowhere"])
+    assert capsys.readouterr().out == ""
+
+
 def test_the_table_is_printed_whatever_happens_after(run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(data.UserError, match="cannot write .*file'"):

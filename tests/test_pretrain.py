@@ -292,6 +292,7 @@ def test_a_signal_in_the_middle_of_a_print_is_heard():
               "threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
               "while not stop.asked: data.say('x' * 1000)\n"
               "data.say('end')")
+    # Unbuffered, Python would not refuse.
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                cwd=Path(pretrain.__file__).parent, env=os.environ | {"PYTHONUNBUFFERED": ""})
     process.stdout.read(1)

@@ -374,12 +374,13 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
         raise UserError(f"no images in {folder!r}: found {count_words(left_out) or 'nothing'}")
     folders = [class_of(path) if with_classes else "" for path in paths]
     here = {*folders} - {""}
-    classes = sorted(here)
+    known = here
     if with_classes and split == "val":        # val's classes are numbered as train's
-        classes = sorted({class_of(path) for path in find_images(train)[0]} - {""})
+        known = {class_of(path) for path in find_images(train)[0]} - {""}
+    classes = sorted(known)
     # A single folder such as test/unknown/ is no class; others are misspelt classes.
-    unknown = sorted(here - {*classes})
-    if classes and unknown and (len(unknown) > 1 or here & {*classes}):
+    unknown = sorted(here - known)
+    if known and unknown and (len(unknown) > 1 or here & known):
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
                         f"class folders of both splits alike")
     label_of = {name: label for label, name in enumerate(classes)}

@@ -69,14 +69,15 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     items = [(0, row) for row in mine]         # of epoch 0
     item_lists = [items[i:i + batch_size] for i in range(0, each, batch_size)]
     progress = data.Progress(what, each)
-    features, done = None, 0
-    for crops, params, _ in data.iterate(views, item_lists, workers, batch_size):
+    features = None
+    batches = data.iterate(views, item_lists, workers, batch_size)
+    for number, (crops, params, _) in enumerate(batches):
         out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
         out = torch.stack(out, 1).cpu()                                  # (B, V, F)
         if features is None:                   # at once: a list to be joined would need twice that
             features = out.new_empty(each, *out.shape[1:])
-        features[done:done + len(out)] = out
-        done += len(out)
+        start = number * batch_size
+        features[start:start + len(out)] = out
         progress.advance(len(out))
     if processes > 1:
         features = data.gather(features.to(device)).cpu()
@@ -914,10 +915,11 @@ def main(argv=None):
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
-    for run in runs:                           # before the long work on the first one
-        if run and not (run / "args.json").exists():
-            raise UserError(f"{run} is not a run of pretrain.py (no args.json): pass a folder such "
-                            f"as runs/...")
+    # Before the long work on the first one.
+    no_runs = [str(run) for run in runs if run and not (run / "args.json").exists()]
+    if no_runs:
+        raise UserError(f"{', '.join(no_runs)}: no run of pretrain.py (no args.json): pass folders "
+                        f"such as runs/...")
     measured = [evaluate(args, run) for run in runs]
     if len(measured) > 1:
         columns = {}

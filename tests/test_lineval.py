@@ -518,6 +518,7 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     for argv, words in (
         ([], ["python pretrain.py"]),
         (["nowhere"], ["nowhere", "args.json"]),
+        (["nowhere", "neither"], ["nowhere", "neither"]),
         ([str(run), "--data", "empty"], ["no images"]),
         ([str(run), "--data", "lonely"], ["1 validation images", "at least 2"]),
         (["--weights", "bad.pt"], ["--arch"]),

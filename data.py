@@ -6,8 +6,8 @@ A view is made in two places. The host decodes an image and cuts two random crop
 quarter of the bytes of floats). The other augmentations it only draws, as eight numbers a view;
 `augment` applies them on the device to a whole batch at once, without any randomness.
 
-Random numbers are keyed by what they are for, such as (VIEWS, seed, epoch, index). So an image gets
-the same two views in an epoch whatever the number of workers, processes or restarts, and no
+Random numbers are seeded by what they are for, such as (VIEWS, seed, epoch, index). So an image
+gets the same two views in an epoch whatever the number of workers, processes or restarts, and no
 generator's state is ever saved.
 """
 import contextlib
@@ -50,19 +50,19 @@ class LocalError(UserError):
     """A UserError that one of several processes alone may have seen, so that each prints it."""
 
 
-# ------------------------------------------------- randomness, keyed by what it is for
+# ------------------------------------------------- randomness, seeded by what it is for
 
-VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # purposes: a key's first number
-
-
-def generator(*key):
-    """Random numbers for one purpose: equal keys of integers give equal numbers."""
-    return np.random.default_rng(key)
+VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # the first number of each purpose
 
 
-def permutation(n, *key):
+def generator(*purpose):
+    """Random numbers for one purpose, some integers: equal integers give equal numbers."""
+    return np.random.default_rng(purpose)
+
+
+def permutation(n, *purpose):
     """A permutation of range(n), an int64 tensor (n,)."""
-    return torch.from_numpy(generator(*key).permutation(n))
+    return torch.from_numpy(generator(*purpose).permutation(n))
 
 
 def schedule(n, batch_size, epochs, seed, *, first_step=0, rank=0, world=1):
@@ -334,12 +334,20 @@ class Images:
             raise UserError(f"none of the {len(self)} images in {self.root!r} can be read")
         return self.select(keep)
 
+    def class_words(self):
+        """How many classes, and the first of them."""
+        names = ", ".join(self.classes[:5]) + ", ..." * (len(self.classes) > 5)
+        return f"{len(self.classes)} classes ({names})" if self.classes else "no classes"
+
     def fingerprint(self):
-        """To tell this dataset from others: by its pixels or the names of its files."""
+        """To tell this dataset from others: by its pixels, or by the names of its files and the
+        sizes of some."""
         if torch.is_tensor(self.pictures):
             content = self.pictures.numpy()
         else:
-            content = os.fsencode("\n".join(self.pictures))
+            picks = permutation(len(self), SAMPLE, 0)[:16].tolist()
+            sizes = [str(os.path.getsize(self.path(index))) for index in picks]
+            content = os.fsencode("\n".join([*self.pictures, *sizes]))
         return f"{len(self)} images, {digest(content)}"
 
 
@@ -687,12 +695,12 @@ def iterate(views, item_lists, workers, batch_size, pin_memory=False):
 
 def outlive_signals(_):
     """For loader workers: the signals that ask to stop reach them too, but the trainer decides, and
-    may still need batches. SIGTERM ends a worker a minute later, so that none stays behind."""
+    may still need batches. SIGTERM ends a worker five minutes later, so that none stays behind."""
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):                            # Windows has one of them
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(300))
 
 
 def own_device():
@@ -787,8 +795,11 @@ def run_main(main):
     sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError("the GPU's memory is full: pass a smaller --image-size (to "
+                              "pretrain.py also --batch-size), or use more GPUs")
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LocalError):
             print("error: " + last_line(error), file=sys.stderr, flush=True)
         sys.exit(2)
@@ -803,7 +814,7 @@ def describe():
         dataset = load_dataset(name, split)
         unreadable = find_unreadable(dataset)
         print(f"{split}: {len(dataset)} images in {dataset.root or name}\n"
-              f"  {len(dataset.classes)} classes: {', '.join(dataset.classes[:5]) or 'none'}\n"
+              f"  {dataset.class_words()}\n"
               f"  without a label: {(dataset.labels < 0).sum()}\n"
               f"  left out, since no image: {count_words(dataset.left_out) or 'nothing'}\n"
               f"  files that cannot be read: {len(unreadable)}")

@@ -23,7 +23,7 @@ beside the same network with random weights.
 
 The last five classify nothing: they describe how the features lie. [Small] (arXiv 2107.14762) has
 own view found, alignment, uniformity and distances within classes. All views are made by MoCo v2's
-augmentations, whatever a run was trained with, so that runs compare.
+augmentations, whatever a run was trained with, so that runs of one image size compare.
 
 Without labels the report has what needs none.
 """
@@ -50,9 +50,9 @@ from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def sample(dataset, most, *key):
-    """At most `most` images of a dataset, chosen at random, the same ones for the same key."""
-    return dataset.select(data.permutation(len(dataset), data.SAMPLE, *key)[:most])
+def sample(dataset, most, *purpose):
+    """At most `most` images of a dataset, chosen at random, the same ones for the same purpose."""
+    return dataset.select(data.permutation(len(dataset), data.SAMPLE, *purpose)[:most])
 
 
 @torch.no_grad()
@@ -476,10 +476,11 @@ def measure(net, train, val, labelled, args, size, title):
     report["few_labels"] = []                                            # fewest first
     for share in sorted(args.shares):
         some = some_labels(train.labels, share, args.seed)
-        row = dict(labels=len(some), linear=probe["top1"])
+        few = probe
         if len(some) < len(train):
-            row["linear"] = linear_probe(train_x[some], train.labels[some], val_x, val.labels,
-                                         seed=args.seed, device=device)["top1"]
+            few = linear_probe(train_x[some], train.labels[some], val_x, val.labels,
+                               seed=args.seed, device=device)
+        row = dict(labels=few["rows"], linear=few["top1"])
         if args.finetune:
             row["finetuned"], row["lr"] = finetune(net, train.select(some), val, size, **options)
         report["few_labels"].append(row)
@@ -894,6 +895,8 @@ def read_flags(argv):
     if args.weights and args.runs:
         raise UserError(f"--weights {args.weights}: pass it instead of a run; beside a run, pass "
                         f"--against")
+    if args.features and not Path(args.features).absolute().parent.is_dir():
+        raise UserError(f"--features {args.features}: its folder does not exist")
     if args.finetune and not args.shares:
         args.shares = [1.0]
     if len(args.runs) > 1 and (args.out or args.features):
@@ -916,10 +919,11 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
     # Before the long work on the first one.
-    no_runs = [str(run) for run in runs if run and not (run / "args.json").exists()]
-    if no_runs:
-        raise UserError(f"{', '.join(no_runs)}: no run of pretrain.py (no args.json): pass folders "
-                        f"such as runs/...")
+    for name in ("args.json", "backbone.pt"):
+        without = [str(run) for run in runs if run and not (run / name).exists()]
+        if without:
+            raise UserError(f"{', '.join(without)}: no run of pretrain.py, or none that has saved "
+                            f"its weights (no {name}): pass folders such as runs/...")
     measured = [evaluate(args, run) for run in runs]
     if len(measured) > 1:
         columns = {}

@@ -91,11 +91,11 @@ def scale_to(images, args):
     """Settings for datasets of up to 200,000 images, instead of the recipe's: our rule, see
     assets/RESULTS.md.
 
-    The key encoder remembers 1 / (1 - momentum) steps. A long memory makes keys that agree, but
+    The key encoder remembers 1 / (1 - key_momentum) steps. A long memory makes keys that agree, but
     lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: it
     remembers a hundredth of the run's steps, at most MoCo's 1000. To agree, the queue's keys are at
     most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
-    100, momentum 0.99, and its queue holds the keys of 10 steps.
+    100, key_momentum 0.99, and its queue holds the keys of 10 steps.
 
     Many steps count more than large batches. So the batch is 64 (32 up to 500 images), doubled as
     long as that leaves 20,000 steps (a guess) and it stays below an eighth of the images and within
@@ -229,11 +229,12 @@ def pretrain(args):
     checkpoint = None if args.dry_run else open_run(run, args)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
+    fp16 = amp_dtype == torch.float16
     # Not fused with fp16: torch's fused SGD keeps a momentum that was never set where the scaler
     # skips the first step.
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.sgd_momentum,
-                                weight_decay=args.weight_decay, fused=amp_dtype != torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+                                weight_decay=args.weight_decay, fused=not fp16, foreach=fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue)
@@ -607,6 +608,8 @@ def open_run(run, args):
     if found and "args.json" not in found:
         raise UserError(f"{str(run)!r} holds files, but no run of this program: give another "
                         f"folder with --out")
+    if data.is_first():
+        hold(run)
     checkpoint = None
     if continues(run, args):
         checkpoint = load_file(run / "last.pt")
@@ -618,6 +621,22 @@ def open_run(run, args):
         for name in ("last.pt", "log.csv", "backbone.pt", "curve.png"):
             (run / name).unlink(missing_ok=True)
     return checkpoint
+
+
+def hold(run):
+    """Keep other processes out of the folder until this one ends, or both would mix their files."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+    with data.writing(run):
+        file = os.open(run / "lock.tmp", os.O_RDWR | os.O_CREAT)     # never closed
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{str(run)!r} is in use by another process: wait for its end, or give "
+                        f"another folder with --out; several processes need torchrun") from None
+    except OSError:            # a file system without locks
+        pass
 
 
 def compare_settings(run, checkpoint, args):
@@ -837,9 +856,9 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
     """Say what is about to run, and which settings differ from the recipe, and why."""
     n, splits = args.batch_size // world, args.bn_splits // world
     per_epoch = total_steps // args.epochs
-    say(f"{dataset.root or dataset.name}: {len(dataset)} images, {per_epoch} steps an epoch; "
-        f"{world} process{'es' * (world > 1)} on {device.type}, {n} images each, {splits} "
-        f"batch-norm slices of {n // splits}")
+    say(f"{dataset.root or dataset.name}: {len(dataset)} images of {dataset.class_words()}, "
+        f"{per_epoch} steps an epoch; {world} process{'es' * (world > 1)} on {device.type}, {n} "
+        f"images each, {splits} batch-norm slices of {n // splits}")
     if dataset.left_out:
         say(f"left out, since no image: {data.count_words(dataset.left_out)}")
     say(f"recipe {args.recipe}, {args.arch}, {args.image_size} px, {args.epochs} epochs, seed "
@@ -860,7 +879,8 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 
 class StopSignals:
     """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: save and stop after this step, or with several
-    processes at the next line of the log. Again, 3 seconds later: stop at once."""
+    processes at the next line of the log. Again, 3 seconds later: stop at once. torchrun passes
+    SIGUSR1 on only if its --signals-to-handle has it; else it dies, and the run goes on alone."""
 
     def __init__(self):
         self.asked, self.since = 0, 0.0
@@ -909,6 +929,7 @@ def main(argv=None):
         keep_freed_memory()
     code = pretrain(args)
     if dist.is_initialized():
+        dist.barrier()         # the first may still save, and torchrun would end it with the others
         dist.destroy_process_group()
     return code
 

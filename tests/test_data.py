@@ -302,6 +302,16 @@ def test_one_process_of_each_machine_prints_an_error(monkeypatch, capsys, local_
     assert capsys.readouterr().err == "error: the words\n" * shown
 
 
+def test_a_full_gpu_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+    with pytest.raises(SystemExit) as exit_code:
+        data.run_main(main)
+    line = capsys.readouterr().err
+    assert exit_code.value.code == 2 and line.startswith("error: ") and "--batch-size" in line
+    assert line.count("\n") == 1
+
+
 def test_an_unreadable_file_is_named_from_inside_a_worker(tree):
     (tree / "a" / "000.png").write_bytes(b"no image")
     with pytest.raises(LocalError) as error:
@@ -532,6 +542,13 @@ def test_a_fault_of_the_machine_is_no_fault_of_the_picture(tree, monkeypatch, ca
     assert str(error.value) == f"cannot read {path!r}: {os.strerror(number)}"      # no advice
 
 
+def test_other_images_of_the_same_names_are_another_dataset(tree):
+    before = load_dataset(str(tree), "train").fingerprint()
+    assert load_dataset(str(tree), "train").fingerprint() == before
+    Image.new("RGB", (9, 9), "red").save(tree / "b" / "004.png")
+    assert load_dataset(str(tree), "train").fingerprint() != before
+
+
 def test_a_dataset_without_its_unreadable_files(tree):
     (tree / "b" / "004.png").write_bytes(b"no image")
     dataset = load_dataset(str(tree), "train")
@@ -554,7 +571,7 @@ def test_data_py_tells_what_it_found_and_draws_view_pairs(tmp_path, tree):
     os.mkfifo(tree / "pipe")
     result = run_script("data.py", tree, cwd=tmp_path, timeout=60)
     assert result.returncode == 0, result.stderr
-    for words in ("train: 27 images", "4 classes: a, b, c, odd", "without a label: 0", "1 .txt",
+    for words in ("train: 27 images", "4 classes (a, b, c, odd)", "without a label: 0", "1 .txt",
                   "cannot be read: 2", "broken.jpg' cannot be decoded (cannot identify",
                   "pipe.jpg': no regular file"):
         assert words in result.stdout, result.stdout

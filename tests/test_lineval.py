@@ -434,10 +434,11 @@ def test_few_labels_fine_tuning_and_the_features(run, images, tmp_path, capsys):
     assert there["paths"][5] == train.path(5) and there["labels"][5] == train.labels[5]
 
 
-def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
+def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys, monkeypatch):
     """At 224 px, whatever the run's size: it was made for large images."""
     weights = build_backbone("mobilenetv3_small").state_dict()
     torch.save(weights, tmp_path / "imagenet.pt")
+    monkeypatch.setattr(lineval, "MOST_NUMBERS", 60 * 1024)              # of the probes
     lineval.main([str(run), "--against", str(tmp_path / "imagenet.pt"), "--encoder", "key",
                   "--shares", "0.01", "1", "--out", str(tmp_path), *FLAGS])
     assert "against imagenet" in capsys.readouterr().out
@@ -448,7 +449,7 @@ def test_against_torchvisions_network_as_it_is(run, images, tmp_path, capsys):
     found = json.loads((tmp_path / "lineval-key.json").read_text())["against imagenet"]
     spread = lineval.unit(x).double().var(0, correction=0).sum().sqrt().item()
     assert found["spread"] == pytest.approx(spread, rel=1e-4)
-    assert [row["labels"] for row in found["few_labels"]] == [3, 96]
+    assert [row["labels"] for row in found["few_labels"]] == [3, 60]     # those a probe has seen
     assert found["few_labels"][1]["linear"] == found["linear_top1"]
 
 
@@ -508,6 +509,8 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
     write_images(tmp_path / "lonely", 5, splits=("train",))
     write_images(tmp_path / "lonely", 1, classes=("a",), splits=("val",))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "args.json").write_text("{}")
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     torch.save([1, 2], tmp_path / "list.pt")
     weights = build_backbone("resnet18").state_dict()
@@ -519,6 +522,8 @@ def test_bad_input_is_one_line(run, images, tmp_path, capsys, monkeypatch):
         ([], ["python pretrain.py"]),
         (["nowhere"], ["nowhere", "args.json"]),
         (["nowhere", "neither"], ["nowhere", "neither"]),
+        ([str(run), "young"], ["young", "has saved", "backbone.pt"]),
+        ([str(run), "--features", "gone/features.npz"], ["--features gone", "does not exist"]),
         ([str(run), "--data", "empty"], ["no images"]),
         ([str(run), "--data", "lonely"], ["1 validation images", "at least 2"]),
         (["--weights", "bad.pt"], ["--arch"]),

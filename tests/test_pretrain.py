@@ -17,7 +17,7 @@ import torch
 import data
 import lineval
 import pretrain
-from conftest import TINY, error_of, one_line_error, run_script, torchrun, write_images
+from conftest import TINY, environment, error_of, one_line_error, run_script, torchrun, write_images
 from models import Encoder
 from pretrain import KeyQueue, ema_update, lr_at, smoothing_at
 
@@ -185,7 +185,7 @@ def rows_of(run):
 def test_run_folder_has_all_that_others_read(run):
     folder, output = run
     assert {f.name for f in folder.iterdir()} == {"args.json", "log.csv", "views.png", "curve.png",
-                                                   "last.pt", "backbone.pt"}
+                                                   "last.pt", "backbone.pt", "lock.tmp"}
     settings = json.loads((folder / "args.json").read_text())
     assert settings["arch"] == "mobilenetv3_small" and settings["image_size"] == 32
     from torchvision.models import mobilenet_v3_small
@@ -196,7 +196,7 @@ def test_run_folder_has_all_that_others_read(run):
     rows = rows_of(folder)
     assert [int(r["step"]) for r in rows] == [6, 12] and all(0 <= float(r["knn_backbone"]) <= 1 for r in rows)
     assert math.isclose(float(rows[0]["chance"]), math.log(33), rel_tol=1e-6)
-    for words in ("recipe light", "instead of", "typed", "kNN of the backbone", "next: python lineval.py"):
+    for words in ("96 images of 3 classes (a, b, c)", "recipe light", "instead of", "typed", "kNN of the backbone", "next: python lineval.py"):
         assert words in output
 
 
@@ -384,6 +384,22 @@ def test_a_folder_of_other_files_is_left_alone(images, tmp_path, files, flags, c
     line = error_of(pretrain.main, ["--data", images, "--out", tmp_path, *TINY, *flags], capsys)
     assert str(tmp_path) in line and "--out" in line
     assert {f.name: f.read_text() for f in tmp_path.iterdir()} == files
+
+
+def test_a_folder_in_use_is_left_alone(run, images, tmp_path, capsys):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    script = f"import pretrain; from pathlib import Path; pretrain.hold(Path({str(folder)!r})); print(); input()"
+    other = subprocess.Popen([sys.executable, "-c", script], env=environment(), text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    again = ["--data", images, "--out", folder, *TINY, "--restart"]
+    line = error_of(pretrain.main, again, capsys)
+    assert str(folder) in line and "in use" in line and "--out" in line
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    other.kill()                               # leaves nothing behind that must be cleared away
+    other.communicate()
+    assert pretrain.main([str(word) for word in again]) == 0
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -135,7 +135,7 @@ def test_the_whole_algorithm_does_what_pretrain_does(tmp_path, monkeypatch):
     numbers = "N, K, D = 128, 256, 128"
     assert numbers in snippet and "epochs=4" in snippet
     snippet = snippet.replace(numbers, "N, K, D = 16, 32, 128").replace("epochs=4", "epochs=1")
-    flags = ("--no-symmetric --bn-splits 1 --batch-size 16 --queue-size 32 --key-momentum 0.9 "
+    flags = ("--no-symmetric --bn-splits 1 --batch-size 16 --queue-size 32 --key-momentum 0.73 "
              "--temperature 0.2 --smoothing 0.1 --neighbors 5 --weight-decay 1e-4 --dim 128 "
              "--hidden-dim 2048 --jitter-p 0.8 --gray-p 0.2 --blur-p 0.5 --epochs 1 --amp off "
              "--warmup-epochs 0 --knn-every 0 --workers 0")

@@ -798,8 +798,9 @@ def run_main(main):
     except (UserError, torch.OutOfMemoryError) as error:
         traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
         if isinstance(error, torch.OutOfMemoryError):
-            error = UserError("the GPU's memory is full: pass a smaller --image-size (to "
-                              "pretrain.py also --batch-size), or use more GPUs")
+            error = UserError("the GPU's memory is full: give pretrain.py a smaller --batch-size or "
+                              "--image-size, or more GPUs; lineval.py runs on the CPU with "
+                              "CUDA_VISIBLE_DEVICES= before its command")
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LocalError):
             print("error: " + last_line(error), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -799,7 +799,7 @@ def evaluate(args, run):
     about = "without labels"
     if labelled:
         share = torch.bincount(val.labels).max() / len(val)
-        about = f"{len(train.classes)} classes, the largest {share:.1%} of validation"
+        about = f"{train.class_words()}, the largest {share:.1%} of validation"
     elif args.shares or args.protocol == "augmented":
         raise UserError(f"{name} has no labels: --shares and --protocol augmented need class "
                         f"folders, here or by --labels FOLDER")

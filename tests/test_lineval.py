@@ -344,7 +344,7 @@ def test_report_pictures_and_json(run, images, tmp_path):
     result = run_script("lineval.py", *FLAGS, cwd=tmp_path)     # the newest
     assert result.returncode == 0, result.stderr
     output, found = result.stdout, json.loads((folder / "lineval.json").read_text())
-    for words in ("96 training and 96 validation", "3 classes, the largest 33.3%", "linear probe %",
+    for words in ("96 training and 96 validation", "3 classes (a, b, c), the largest 33.3%", "linear probe %",
                   "kNN %", "over-clustering", "effective rank", "own view found"):
         assert words in output, output
     assert ["random", "pretrained"] in [line.split() for line in output.splitlines()]

@@ -336,8 +336,9 @@ class Images:
 
     def class_words(self):
         """How many classes, and the first of them."""
-        names = ", ".join(self.classes[:5]) + ", ..." * (len(self.classes) > 5)
-        return f"{len(self.classes)} classes ({names})" if self.classes else "no classes"
+        count = len(self.classes)
+        names = ", ".join(self.classes[:5]) + ", ..." * (count > 5)
+        return f"{count} class{'es' * (count > 1)} ({names})" if count else "no classes"
 
     def fingerprint(self):
         """To tell this dataset from others: by its pixels, or by the names of its files and the
@@ -346,7 +347,8 @@ class Images:
             content = self.pictures.numpy()
         else:
             picks = permutation(len(self), SAMPLE, 0)[:16].tolist()
-            sizes = [str(os.path.getsize(self.path(index))) for index in picks]
+            files = [self.path(index) for index in picks]
+            sizes = [str(os.path.getsize(file)) for file in files if os.path.exists(file)]
             content = os.fsencode("\n".join([*self.pictures, *sizes]))
         return f"{len(self)} images, {digest(content)}"
 
@@ -370,7 +372,7 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
         else:
             dataset = draw_shapes(6000, seed=1) if split == "train" else draw_shapes(1500, seed=2)
         if not with_classes:
-            dataset.labels = torch.full_like(dataset.labels, -1)
+            dataset.labels, dataset.classes = torch.full_like(dataset.labels, -1), []
         return dataset
     train, val = find_splits(name_or_path)
     folder = train if split == "train" else val
@@ -795,12 +797,14 @@ def run_main(main):
     sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
     try:
         sys.exit(main())
-    except (UserError, torch.OutOfMemoryError) as error:
+    except BaseException as error:
         traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
         if isinstance(error, torch.OutOfMemoryError):
-            error = UserError("the GPU's memory is full: give pretrain.py a smaller --batch-size or "
-                              "--image-size, or more GPUs; lineval.py runs on the CPU with "
-                              "CUDA_VISIBLE_DEVICES= before its command")
+            error = LocalError("the GPU's memory is full: give pretrain.py a smaller --batch-size "
+                               "or --image-size, or more GPUs; lineval.py runs on the CPU with "
+                               "CUDA_VISIBLE_DEVICES= before its command")
+        if not isinstance(error, UserError):
+            raise
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LocalError):
             print("error: " + last_line(error), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -230,8 +230,8 @@ def pretrain(args):
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
     fp16 = amp_dtype == torch.float16
-    # Not fused with fp16: torch's fused SGD keeps a momentum that was never set where the scaler
-    # skips the first step.
+    # Both ways take all parameters at once. Not fused with fp16: torch's fused SGD keeps a momentum
+    # that was never set where the scaler skips the first step.
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.sgd_momentum,
                                 weight_decay=args.weight_decay, fused=not fp16, foreach=fp16)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -624,13 +624,14 @@ def open_run(run, args):
 
 
 def hold(run):
-    """Keep other processes out of the folder until this one ends, or both would mix their files."""
+    """Keep other runs out of the folder until this process ends, or both would mix their files."""
     if sys.platform == "win32":
         return
     import fcntl
-    with data.writing(run):
-        file = os.open(run / "lock.tmp", os.O_RDWR | os.O_CREAT)     # never closed
+    with data.writing(run):                    # open_run passes over .tmp
+        file = os.open(run / "lock.tmp", os.O_RDWR | os.O_CREAT, 0o666)       # never closed
     try:
+        # Not flock, which the loader workers of a killed run would still hold.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{str(run)!r} is in use by another process: wait for its end, or give "
@@ -856,7 +857,7 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
     """Say what is about to run, and which settings differ from the recipe, and why."""
     n, splits = args.batch_size // world, args.bn_splits // world
     per_epoch = total_steps // args.epochs
-    say(f"{dataset.root or dataset.name}: {len(dataset)} images of {dataset.class_words()}, "
+    say(f"{dataset.root or dataset.name}: {len(dataset)} images, {dataset.class_words()}, "
         f"{per_epoch} steps an epoch; {world} process{'es' * (world > 1)} on {device.type}, {n} "
         f"images each, {splits} batch-norm slices of {n // splits}")
     if dataset.left_out:
@@ -880,7 +881,7 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
 class StopSignals:
     """Ctrl-C, SIGTERM, SIGUSR1 or a lost terminal: save and stop after this step, or with several
     processes at the next line of the log. Again, 3 seconds later: stop at once. torchrun passes
-    SIGUSR1 on only if its --signals-to-handle has it; else it dies, and the run goes on alone."""
+    SIGUSR1 on only if its --signals-to-handle has it; else torchrun dies, and the run goes on."""
 
     def __init__(self):
         self.asked, self.since = 0, 0.0
@@ -929,7 +930,7 @@ def main(argv=None):
         keep_freed_memory()
     code = pretrain(args)
     if dist.is_initialized():
-        dist.barrier()         # the first may still save, and torchrun would end it with the others
+        dist.barrier()         # the first may still save; torchrun ends it once another has gone
         dist.destroy_process_group()
     return code
 

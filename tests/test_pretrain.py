@@ -196,7 +196,7 @@ def test_run_folder_has_all_that_others_read(run):
     rows = rows_of(folder)
     assert [int(r["step"]) for r in rows] == [6, 12] and all(0 <= float(r["knn_backbone"]) <= 1 for r in rows)
     assert math.isclose(float(rows[0]["chance"]), math.log(33), rel_tol=1e-6)
-    for words in ("96 images of 3 classes (a, b, c)", "recipe light", "instead of", "typed", "kNN of the backbone", "next: python lineval.py"):
+    for words in ("96 images, 3 classes (a, b, c)", "recipe light", "instead of", "typed", "kNN of the backbone", "next: python lineval.py"):
         assert words in output
 
 

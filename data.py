@@ -319,6 +319,10 @@ class Images:
         part.pictures, part.labels = self.pictures[rows.numpy()], self.labels[rows]
         return part
 
+    def sample(self, most, *purpose):
+        """The dataset of at most `most` images, chosen at random, the same ones for a purpose."""
+        return self.select(permutation(len(self), SAMPLE, *purpose)[:most])
+
     def labelled(self):
         """The dataset of the images with a label: itself if all have one."""
         known = self.labels >= 0
@@ -346,8 +350,8 @@ class Images:
         if torch.is_tensor(self.pictures):
             content = self.pictures.numpy()
         else:
-            picks = permutation(len(self), SAMPLE, 0)[:16].tolist()
-            files = [self.path(index) for index in picks]
+            some = self.sample(16, 0)
+            files = [some.path(index) for index in range(len(some))]
             sizes = [str(os.path.getsize(file)) for file in files if os.path.exists(file)]
             content = os.fsencode("\n".join([*self.pictures, *sizes]))
         return f"{len(self)} images, {digest(content)}"
@@ -648,8 +652,8 @@ def default_workers():
 
 def default_image_size(dataset):
     """224 px, or less where the images have less: the median short side of 16, in eights."""
-    picks = permutation(len(dataset), SAMPLE, 0)[:16].tolist()
-    short = int(np.median([min(dataset[index][0].shape[1:]) for index in picks]))
+    some = dataset.sample(16, 0)
+    short = int(np.median([min(some[index][0].shape[1:]) for index in range(len(some))]))
     return min(224, max(16, short // 8 * 8))
 
 
@@ -792,8 +796,8 @@ def refuse(message):
 
 
 def run_main(main):
-    """Exit with what `main` returns; for a UserError with one line, of one process on each machine,
-    and code 2."""
+    """Exit with what `main` returns; for a UserError, or a full GPU, with one line and code 2. Of
+    several processes on a machine the first prints it, and each its own LocalError."""
     sys.stdout.reconfigure(errors="backslashreplace")         # file names may be anything
     try:
         sys.exit(main())

@@ -50,11 +50,6 @@ from models import ARCHS, Encoder, build_backbone
 
 # ------------------------------------------------- features
 
-def sample(dataset, most, *purpose):
-    """At most `most` images of a dataset, chosen at random, the same ones for the same purpose."""
-    return dataset.select(data.permutation(len(dataset), data.SAMPLE, *purpose)[:most])
-
-
 @torch.no_grad()
 def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, what="features"):
     """Outputs of `net` for each view of each image -> (V, N, F) on the CPU.
@@ -87,7 +82,7 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
 def estimate_batch_norm(net, dataset, size, seed=0, images=512, **options):
     """Give a random network the data's batch statistics, those of some images: without them it
     would be a worse baseline than it need be."""
-    views = CenterView(sample(dataset, images, seed, 1), size)
+    views = CenterView(dataset.sample(images, seed, 1), size)
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.momentum = 1                                               # forget what was there
@@ -408,13 +403,13 @@ def measure_online(encoder, train, val, labelled, size, seed, **options):
     head's output; without labels the share of images whose augmented view is nearer than every
     other image -> {"knn_backbone": ..., "knn_head": ...} or {"own_view": ...}."""
     if not labelled:
-        some = sample(val, OWN_VIEW, seed)
+        some = val.sample(OWN_VIEW, seed)
         [original] = extract_features(encoder.backbone, CenterView(some, size), **options)
         view, _ = extract_features(encoder.backbone, TwoViews(some, size, seed), **options)
         return {"own_view": find_own(original, view)[0]}
     options["what"] = "features for the kNN"
     device = options["device"]
-    train, val = sample(train, KNN_TRAIN, seed), sample(val, KNN_VAL, seed)
+    train, val = train.sample(KNN_TRAIN, seed), val.sample(KNN_VAL, seed)
     [train_x] = extract_features(encoder.backbone, CenterView(train, size), **options)
     [val_x] = extract_features(encoder.backbone, CenterView(val, size), **options)
     train_out, val_out = encoder.head(train_x.to(device)), encoder.head(val_x.to(device))
@@ -895,7 +890,7 @@ def read_flags(argv):
     if args.weights and args.runs:
         raise UserError(f"--weights {args.weights}: pass it instead of a run; beside a run, pass "
                         f"--against")
-    if args.features and not Path(args.features).absolute().parent.is_dir():
+    if args.features and not Path(args.features).parent.is_dir():
         raise UserError(f"--features {args.features}: its folder does not exist")
     if args.finetune and not args.shares:
         args.shares = [1.0]

@@ -424,7 +424,7 @@ MEASURES = {              # name: (title, how to read it); those titled % are sh
     "augmented_top1": ("linear, augmented %", "higher: [Small]'s ImageNet protocol, lr 30"),
     "knn": ("kNN %", "higher: near images are of the same class; nothing is trained"),
     "best_nn": ("best-NN %", "higher: Euclidean; its k is chosen on val, which flatters"),
-    "over_clustering": ("over-clustering", "lower: each class is tight; 1: no tighter than all"),
+    "over_clustering": ("over-clustering", "lower: tight classes; 1: as wide as they lie apart"),
     "effective_rank": ("effective rank", "higher: more directions are used; 1: collapsed"),
     "own_view": ("own view found %", "higher: MoCo v2's views are recognised; not yet classes"),
     "others_farther_than_view": ("farther than own view %", "higher: other images are farther away "
@@ -663,12 +663,15 @@ def draw_curve(log_csv, png):
     def points_of(column):
         return [(row["step"], row[column]) for row in rows if column in row]
 
-    for name, chance in (("loss", "chance"), ("knn_backbone", None), ("own_view", None),
-                         ("same_class", "same_class_chance")):
+    for name, chance, title in (
+            ("loss", "chance", "loss of one batch"),
+            ("knn_backbone", None, "kNN accuracy of the features"),
+            ("own_view", None, "images that find their own view"),
+            ("same_class", "same_class_chance", "nearest keys of the same class, one batch")):
         points, guessed = points_of(name), points_of(chance)
         if points:
             (first, start), (last, end) = points[0], points[-1]
-            title = f"{name}: {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
+            title += f": {start:.3f} at step {first:.0f}, {end:.3f} at step {last:.0f}"
             panels[title] = [(guessed, SILVER, "chance"), (points, BLUE, "")]
     plot(png, panels, 600, 170)
 

@@ -3,7 +3,7 @@ they all differ.
 
 A query q (one view) has a positive key k (the other view of the same image) and K negative keys
 (views of other images, kept in a queue). To find the positive among 1 + K keys is a classification.
-All keys have length 1, so a product is a cosine. A small temperature lets only the nearest count:
+All are of length 1, so a product is a cosine. A small temperature lets only the nearest count:
 
     logits = [q.k, q.queue_1, ..., q.queue_K] / temperature                  N x (1 + K)
     p      = softmax(logits)
@@ -34,7 +34,7 @@ def neighbor_weights(neighbors, weighting="uniform"):
 
     "uniform": all alike. "tiered": half on the first tier of `TIERS`, a quarter on the second, a
     quarter on the third. "geometric": every rank has half of the rank before; the last two are
-    equal. These are strategies 1, 2 and 3 of [Light]'s released code, the last with 11 keys and
+    equal. These are strategies 1, 2 and 3 of [Light]'s released code; its third has 11 keys and
     s = 0.4. Raises ValueError where no tiers are defined.
     """
     if weighting == "uniform":

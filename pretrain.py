@@ -92,17 +92,17 @@ def scale_to(images, args):
     assets/RESULTS.md.
 
     The key encoder remembers 1 / (1 - key_momentum) steps. A long memory makes keys that agree, but
-    lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: it
-    remembers a hundredth of the run's steps, at most MoCo's 1000. To agree, the queue's keys are at
-    most a tenth of this memory old, or two steps if that is more. A run of 10,000 steps remembers
-    100, key_momentum 0.99, and its queue holds the keys of 10 steps.
+    lag behind the query encoder; in a short run that lag is most of the run. A rule of thumb: a
+    memory of a hundredth of the run's steps, at most MoCo's 1000. So that its keys agree, the queue
+    holds those of the last tenth of this memory, or of two steps if that is more. A run of 10,000
+    steps remembers 100, key_momentum 0.99, and its queue holds the keys of 10 steps.
 
     Many steps count more than large batches. So the batch is 64 (32 up to 500 images), doubled as
     long as that leaves 20,000 steps (a guess) and it stays below an eighth of the images and within
     the recipe's. lr is 0.03; epochs are 400 up to 2,000 images, else 200; the warm-up is at most a
     tenth of the run. Batch norm has 2 slices, doubled up to 8 while they have more than 32 images:
     the mean of few is a poor estimate. No smoothing: over the nearest keys it has not helped in
-    short runs. The shapes have settings of their own. In `args`, None is what was not typed.
+    short runs. The shapes have settings of their own. In `args`, what was not typed is None.
     """
     recipe = RECIPES[args.recipe]
     if images > 200_000:
@@ -230,8 +230,8 @@ def pretrain(args):
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     queue = KeyQueue(args.queue_size, args.dim, args.seed, device)
     fp16 = amp_dtype == torch.float16
-    # Both ways take all parameters at once. Not fused with fp16: torch's fused SGD keeps a momentum
-    # that was never set where the scaler skips the first step.
+    # fused and foreach both take all parameters at once. Not fused with fp16: torch's fused SGD
+    # keeps a momentum that was never set where the scaler skips the first step.
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, args.sgd_momentum,
                                 weight_decay=args.weight_decay, fused=not fp16, foreach=fp16)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)

@@ -1,4 +1,4 @@
-"""Two random views of every image, the datasets they come from, and all randomness.
+"""Two random views of an image, the datasets, all randomness, and what the scripts share.
 
     python data.py PATH      # what was found, which files cannot be read, a picture of view pairs
 
@@ -6,9 +6,9 @@ A view is made in two places. The host decodes an image and cuts two random crop
 quarter of the bytes of floats). The other augmentations it only draws, as eight numbers a view;
 `augment` applies them on the device to a whole batch at once, without any randomness.
 
-Random numbers are seeded by what they are for, such as (VIEWS, seed, epoch, index). So an image
-gets the same two views in an epoch whatever the number of workers, processes or restarts, and no
-generator's state is ever saved.
+Random numbers are seeded by what they are for, such as (VIEWS, seed, epoch, index). So the two
+views of an image in an epoch are the same whatever the number of workers, processes or restarts,
+and no generator's state is ever saved.
 """
 import contextlib
 import copy
@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, for every dataset
-SMALL = 64                # px: from here down, networks and views are "small"
+SMALL = 64                # px: from here down, networks keep more resolution, and views no blur
 
 
 class UserError(ValueError):
@@ -52,7 +52,8 @@ class LocalError(UserError):
 
 # ------------------------------------------------- randomness, seeded by what it is for
 
-VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)     # the first number of each purpose
+# The first number of each purpose; where one has several uses, a last number tells them apart.
+VIEWS, ORDER, SHUFFLE, DRAWING, HOLD_OUT, SAMPLE = range(6)
 
 
 def generator(*purpose):
@@ -167,15 +168,14 @@ def augment(crops, params):
 
     Flip, colour jitter in each image's own order, gray, blur, each as torchvision's functional
     transforms do it to float images in [0, 1]; then ImageNet's mean and std. A pure function, on
-    the device of `crops`, in torch's default type. params may stay on the host: nothing waits.
+    the device of `crops`, in torch's default type. params should lie on the host: nothing waits.
     """
     x = crops.to(torch.get_default_dtype(), memory_format=torch.contiguous_format) / 255
     plan = params.cpu()                        # the host sees which image needs which step
     params = params.to(x.device, x.dtype, non_blocking=True)
     x = torch.where(params[:, FLIP, None, None, None] > 0.5, x.flip(3), x)
     order = ORDERINGS[plan[:, ORDERING].long()]                           # (N, 4)
-    # Every image has its own order: at each of four places, each step takes the images whose turn
-    # it is.
+    # Every image has its own order of four steps: each of its places is one round of this loop.
     for place in range(4):
         for number, adjust in enumerate(COLOR_STEPS):
             column = BRIGHTNESS + number
@@ -217,7 +217,7 @@ def adjust_contrast(x, factor):
 
 
 def adjust_saturation(x, factor):
-    return torch.lerp(luma(x).expand_as(x), x, factor).clamp_(0, 1)
+    return torch.lerp(luma(x), x, factor).clamp_(0, 1)
 
 
 def adjust_hue(x, turn):
@@ -247,7 +247,7 @@ def gaussian_blur(x, sigma):
     n = len(x)
     taps = torch.arange(-6, 7, device=x.device)
     # A softmax of -t^2 / 2 sigma^2 is a Gaussian that sums to 1: (N, 1, 1, 13).
-    weight = torch.softmax(-0.5 * (taps / sigma) ** 2, 3).to(x.dtype)
+    weight = torch.softmax(-0.5 * (taps / sigma) ** 2, 3)
     # With images as channels, a grouped convolution has one filter an image.
     x = F.pad(x, (6, 6, 6, 6), mode="reflect").transpose(0, 1)            # (3, N, ...)
     x = F.conv2d(x, weight, groups=n)                                     # (3, N, S + 12, S)
@@ -295,7 +295,7 @@ class Images:
     def __init__(self, name, pictures, labels, classes, root="", left_out=()):
         self.name, self.labels, self.classes, self.root = name, labels, classes, root
         self.left_out = dict(left_out)
-        # One array: a million strings would be copied by every loader worker.
+        # One array: counting references to a million strings would copy them into every worker.
         self.pictures = pictures if torch.is_tensor(pictures) else np.array(pictures)
 
     def __len__(self):
@@ -368,7 +368,7 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     A folder has train/ and val/ (or test/) inside, or is any tree. The class is the first folder
     below the split. An image outside class folders has label -1, as all have if not `with_classes`.
     `split`: "train" or "val". skip_unreadable: all files are decoded once, and those that fail are
-    left out. Raises UserError where nothing can be read.
+    left out. Raises UserError for a folder that it cannot use.
     """
     if name_or_path in NAMES:
         if name_or_path in TORCHVISION:
@@ -392,7 +392,7 @@ def load_dataset(name_or_path, split, with_classes=True, skip_unreadable=False):
     if with_classes and split == "val":        # val's classes are numbered as train's
         known = {class_of(path) for path in find_images(train)[0]} - {""}
     classes = sorted(known)
-    # A single folder such as test/unknown/ is no class; others are misspelt classes.
+    # test/unknown/ alone is no class; several, or one beside known classes, are misspelt.
     unknown = sorted(here - known)
     if known and unknown and (len(unknown) > 1 or here & known):
         raise UserError(f"{folder!r} has a class {unknown[0]!r} that {train!r} has not: name the "
@@ -412,7 +412,7 @@ def class_of(path):
 def find_splits(path):
     """The folders of (train, val) of a dataset folder; val is None where there is none."""
     if not os.path.isdir(path):
-        raise UserError(f"--data {path!r} is no folder: pass a folder of images or one of "
+        raise UserError(f"{path!r} is no folder: pass a folder of images or one of "
                         f"{', '.join(NAMES)}")
     root = os.path.realpath(path)
     _, folders, _ = next(os.walk(root, onerror=cannot_list))
@@ -479,7 +479,7 @@ def find_images(folder):
     for where, folders, files in os.walk(folder, followlinks=True, onerror=cannot_list):
         inside = "" if where == folder else os.path.relpath(where, folder)
         leads_back = os.path.realpath(where) in map(os.path.realpath, Path(where).parents)
-        if leads_back or "args.json" in files:
+        if leads_back or "args.json" in files:             # the latter: a run of pretrain.py
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -515,12 +515,11 @@ def read_image(path):
             encoded = file.read()
     except OSError as error:                   # the machine's fault, not the picture's
         raise LocalError(f"cannot read {path!r}: {error.strerror}") from None
-    # torchvision would fill up in silence what is missing at the end of a JPEG.
-    if encoded[:2] == b"\xff\xd8" and b"\xff\xd9" in encoded[-65536:]:
+    if encoded[:2] == b"\xff\xd8":
         try:
             content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
             return decode_jpeg(content, ImageReadMode.RGB)
-        except RuntimeError:                   # CMYK, or damaged: Pillow knows
+        except RuntimeError:                   # damaged or unusual: Pillow knows
             pass
     try:
         with Image.open(path, formats=FORMATS) as file:
@@ -569,7 +568,7 @@ def leave_out_unreadable(dataset):
 # ------------------------------------------------- shapes: a dataset that needs no file
 
 TILE, TILES = 24, 3       # a picture is 3 x 3 copies of one shape, each in a tile of 24 px
-AREA = 1.2                # of each shape at equal scale, or the amount of ink would tell the class
+AREA = 1.2                # of every shape at scale 1, or the amount of ink would tell the class
 
 
 def signed_distances(u, v):
@@ -631,7 +630,7 @@ def draw_lattices(labels, draws):
         distance, _ = signed_distances(u, v)[name]
         pixels = distance * TILE / 2 * radius                             # the edge: 1 px soft
         ink[mine] = (0.5 - pixels).clamp(0, 1)
-    # (n, tile's row, its column, pixel's row, its column): all that makes a picture's row adjacent.
+    # (n, tile row, tile column, pixel row, pixel column); the middle two change places.
     rows = ink.view(n, TILES, TILES, TILE, TILE).transpose(2, 3)
     picture = 0.3 + 0.4 * rows.reshape(n, 1, TILES * TILE, TILES * TILE)
     return (255 * picture).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
@@ -640,8 +639,8 @@ def draw_lattices(labels, draws):
 # ------------------------------------------------- what all scripts share
 
 def default_workers():
-    """Half the cores of a training process on a CPU, which needs the others; all but one beside
-    a GPU; at most 16, since each keeps files open."""
+    """Beside a GPU all cores of a process but one; on a CPU half, since training needs the rest;
+    at most 16."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -651,7 +650,7 @@ def default_workers():
 
 
 def default_image_size(dataset):
-    """224 px, or less where the images have less: the median short side of 16, in eights."""
+    """The median short side of 16 images, in eights, but at least 16 and at most 224 px."""
     some = dataset.sample(16, 0)
     short = int(np.median([min(some[index][0].shape[1:]) for index in range(len(some))]))
     return min(224, max(16, short // 8 * 8))
@@ -671,7 +670,7 @@ def draw_view_pairs(two_views, path, count=8):
     picture = TF.to_pil_image(grid)
     factor = max(1, round(96 / two_views.size))
     with writing(path):
-        picture.resize((factor * picture.width, factor * picture.height), 0).save(path)
+        picture.resize((factor * picture.width, factor * picture.height), Image.NEAREST).save(path)
 
 
 def iterate(views, item_lists, workers, batch_size, pin_memory=False):
@@ -679,20 +678,20 @@ def iterate(views, item_lists, workers, batch_size, pin_memory=False):
 
     Raises LocalError for an image that cannot be read.
     """
-    # Each worker keeps two batches ready in shared memory, and one more is at work: where they do
-    # not fit, all hang. Half of it is left free, for the evaluation that runs beside a training.
+    # In shared memory lie two batches a worker, and the one in use: where they do not fit, all
+    # hang. Half of it is left free, for the evaluation that runs beside a training.
     if workers and os.path.isdir("/dev/shm"):
         views_an_image = 2 if isinstance(views, TwoViews) else 1
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # processes that share this machine
-        batch = here * batch_size * views_an_image * 3 * views.size ** 2
+        batch_bytes = here * batch_size * views_an_image * 3 * views.size ** 2
         half = shutil.disk_usage("/dev/shm").total // 2
-        fitting = max(0, (half // batch - 1) // 2)
+        fitting = max(0, (half // batch_bytes - 1) // 2)
         if fitting < workers:
             say_once(f"shared memory has room for {fitting} of {workers} loader workers: it is "
                      f"small in containers; docker run --shm-size enlarges it")
             workers = fitting
-    # Forked workers share the list of files, and a signal to all processes ends none that is just
-    # starting. From Python 3.14 on this must be asked for.
+    # Forked workers share the list of files, and inherit how signals are handled, so that none dies
+    # of one while it starts. Since Python 3.14 fork must be asked for.
     fork = "fork" if workers and sys.platform == "linux" else None
     yield from DataLoader(views, batch_sampler=item_lists, num_workers=workers, collate_fn=collate,
                           worker_init_fn=outlive_signals, pin_memory=pin_memory,
@@ -710,7 +709,7 @@ def outlive_signals(_):
 
 
 def own_device():
-    """The GPU of this process, or the CPU where there is none."""
+    """Choose and return the GPU of this process, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
@@ -732,14 +731,14 @@ def count_processes():
 
 
 def own_part(x):
-    """The rows of x (N, ...) that are this process's, (n, ...): all of them if it is alone."""
+    """This process's equal part of the rows of x: (N, ...) -> (n, ...). N must divide evenly."""
     if not dist.is_initialized():
         return x
     return x.chunk(count_processes())[dist.get_rank()]
 
 
 def gather(x):
-    """Concatenate x (n, ...) of all processes, in order of rank -> (N, ...)."""
+    """Concatenate x (n, ...), equally long on all processes, in order of rank -> (N, ...)."""
     if not dist.is_initialized():
         return x
     whole = x.new_empty(count_processes() * len(x), *x.shape[1:])
@@ -781,12 +780,12 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}): make room, or choose "
-                        f"another folder, and give the same command again") from None
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror or error}): make room, or "
+                        f"choose another folder, and give the same command again") from None
 
 
 def last_line(error):
-    """An error's message; a loader worker's comes with its traceback in front."""
+    """An error's message: the last line, behind a loader worker's traceback."""
     return str(error).strip().splitlines()[-1].removeprefix("data.LocalError: ")
 
 
@@ -802,7 +801,7 @@ def run_main(main):
     try:
         sys.exit(main())
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)     # or a loader's workers hold up the exit
+        traceback.clear_frames(error.__traceback__)     # frees the loader: workers delay the exit
         if isinstance(error, torch.OutOfMemoryError):
             error = LocalError("the GPU's memory is full: give pretrain.py a smaller --batch-size "
                                "or --image-size, or more GPUs; lineval.py runs on the CPU with "
@@ -832,7 +831,8 @@ def describe():
         if split == "train":
             good = dataset.without(list(unreadable))
             size = default_image_size(good)
-            draw_view_pairs(TwoViews(good, size), "view_pairs.png")
+            blur_p = 0.5 if size > SMALL else 0.0           # as in pretraining
+            draw_view_pairs(TwoViews(good, size, blur_p=blur_p), "view_pairs.png")
             print(f"  {size} px by default; originals over their two views: view_pairs.png")
 
 

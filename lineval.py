@@ -66,22 +66,22 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
     progress = data.Progress(what, each)
     features = None
     batches = data.iterate(views, item_lists, workers, batch_size)
-    for number, (crops, params, _) in enumerate(batches):
-        out = [net(data.augment(crop.to(device), numbers)) for crop, numbers in zip(crops, params)]
+    for batch, (crops, params, _) in enumerate(batches):
+        out = [net(data.augment(crop.to(device), plan)) for crop, plan in zip(crops, params)]
         out = torch.stack(out, 1).cpu()                                  # (B, V, F)
-        if features is None:                   # at once: a list to be joined would need twice that
+        if features is None:                   # whole: joining a list takes twice the memory
             features = out.new_empty(each, *out.shape[1:])
-        start = number * batch_size
+        start = batch * batch_size
         features[start:start + len(out)] = out
         progress.advance(len(out))
-    if processes > 1:
+    if processes > 1:                          # else the GPU is spared them
         features = data.gather(features.to(device)).cpu()
     return features[:n].transpose(0, 1)
 
 
 def estimate_batch_norm(net, dataset, size, seed=0, images=512, **options):
-    """Give a random network the data's batch statistics, those of some images: without them it
-    would be a worse baseline than it need be."""
+    """Set a random network's batch-norm statistics from some images: a fairer baseline. It is left
+    in training mode."""
     views = CenterView(dataset.sample(images, seed, 1), size)
     layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
@@ -210,7 +210,7 @@ def linear_probe(train_x, train_y, val_x, val_y, *, seed=0, device="cpu", decays
         held_out[decay] = accuracy((x[:cut] @ weight + bias).argmax(1), y[:cut])
     decay = max(held_out, key=held_out.get)
     weight, bias = fit_softmax(x, y, classes, decay, progress=progress)
-    scores = (val_x.to(device) - mean) / scale @ weight + bias
+    scores = ((val_x.to(device) - mean) / scale) @ weight + bias
     return dict(top1=accuracy(scores.argmax(1).cpu(), val_y), weight_decay=decay,
                 held_out=held_out[decay], rows=len(x))
 
@@ -222,7 +222,7 @@ def train_on_crops(net, train, val, size, *, frozen, lr, epochs=100, seed=0, dev
     Datasets `train`, `val` -> accuracy on val.
 
     `lr` is for a batch of 256. Frozen: crops of at least 0.08 of the image, lr / 10 after 60 and
-    again after 80 % of the epochs. Fine-tuning: at least 0.2, after 40 and 70 %. No weight decay.
+    again after 80 % of the epochs. Fine-tuning: 0.2, 40 and 70 %. No weight decay.
     """
     min_scale, drops = (0.08, (0.6, 0.8)) if frozen else (0.2, (0.4, 0.7))
     views = TwoViews(train, size, seed, min_scale=min_scale, jitter_p=0, gray_p=0, blur_p=0)
@@ -274,8 +274,8 @@ def some_labels(labels, share, seed):
     order = data.permutation(len(labels), data.SAMPLE, seed, 5)
     first = torch.cat([order[labels[order] == c][:1] for c in labels.unique()])
     rest = order[~torch.isin(order, first)]
-    most = max(len(first), round(share * len(labels)))
-    return torch.cat([first, rest])[:most].sort().values
+    count = max(len(first), round(share * len(labels)))
+    return torch.cat([first, rest])[:count].sort().values
 
 
 # ------------------------------------------------- the representation space
@@ -320,9 +320,9 @@ def class_distances(x, labels):
     intra = sum(distance for _, distance in within) / len(within)
     pairs = len(x) * (len(x) - 1)
     rest = pairs - sum(count for count, _ in within)                     # of different classes
-    # The sum over those is the sum over all pairs, less the sum over pairs within a class.
-    total = pairs * mean_distance(x) - sum(count * distance for count, distance in within)
-    inter = total / rest
+    # The sum between classes is that over all pairs, less that within classes.
+    between = pairs * mean_distance(x) - sum(count * distance for count, distance in within)
+    inter = between / rest
     out = dict(intra_class=intra, inter_class=inter)
     if inter > COLLAPSED:
         out["over_clustering"] = intra / inter
@@ -330,8 +330,8 @@ def class_distances(x, labels):
 
 
 def uniformity(x):
-    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242). Above 5,000 rows,
-    only every second, third, ... row is used."""
+    """log mean exp(-2 |x_i - x_j|^2) over all pairs i != j (arXiv 2005.10242). Of more than
+    5,000 rows, every second, third, ... is used."""
     x = x[::math.ceil(len(x) / 5000)]
     return torch.pdist(x).square().mul(-2).exp().mean().log().item()
 
@@ -362,11 +362,11 @@ def representation_space(original, view, labels):
 
 # ------------------------------------------------- datasets
 
-HELD_OUT = 0.2            # share of a dataset without a val split that is kept for evaluation
+VAL_SHARE = 0.2           # share of a dataset without a val split that is kept for evaluation
 
 
 def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
-    """`train`, that split of dataset `name` -> train, val, labelled, note (what to tell the user).
+    """Complete `train`, of dataset `name` or a path -> train, val, labelled, note (words to print).
 
     labelled: whether train has two classes or more. If so, images without a label are dropped from
     both splits. If no val image is left, a random fifth of train is held out. Raises UserError if
@@ -383,7 +383,7 @@ def load_splits(name, train, seed=0, with_classes=True, skip_unreadable=False):
     note = ""
     if val is None:
         order = data.permutation(len(train), data.HOLD_OUT, seed)
-        cut = round(HELD_OUT * len(order))
+        cut = round(VAL_SHARE * len(order))
         note = (f"; no val split{' with labels' * labelled}, so {cut} of {len(order)} images are "
                 f"held out here (a run on this folder was trained on them)")
         val = train.select(order[:cut].sort().values)
@@ -446,7 +446,7 @@ def measure(net, train, val, labelled, args, size, title):
     device = data.own_device()
     options = dict(device=device, workers=args.workers)
     order = data.permutation(len(val), data.SAMPLE, args.seed, 4)
-    most = 50 if labelled else 1000                        # of a class, or of all
+    most = 50 if labelled else 1000                        # of each label
     chosen = torch.cat([order[val.labels[order] == c][:most] for c in val.labels.unique()])
 
     [train_x] = extract_features(net, CenterView(train, size), **options,
@@ -460,7 +460,7 @@ def measure(net, train, val, labelled, args, size, title):
     if not labelled:
         return report, train_x, val_x
     probe = linear_probe(train_x, train.labels, val_x, val.labels, seed=args.seed, device=device)
-    report |= {f"linear_{name}": value for name, value in probe.items()}
+    report |= {f"linear_{name}": value for name, value in probe.items()}      # linear_top1, ...
     report["knn"] = knn_accuracy(train_x, train.labels, val_x, val.labels, device=device)
     report["best_nn"], report["best_nn_k"] = best_nn(train_x, train.labels, val_x, val.labels,
                                                      device=device)
@@ -494,8 +494,8 @@ def write_features(file, train, val, train_x, val_x):
 
 
 def standard_error(report, name):
-    """Of a share p of n independent images: sqrt(p (1 - p) / n). Of a mean of n shares, as farther
-    than own view is one, about that at most."""
+    """Of a share p of n independent images: sqrt(p (1 - p) / n). others_farther_than_view is a mean
+    of n shares: for it this is about the most."""
     of_views = ("own_view", "others_farther_than_view")
     n = report["view_images" if name in of_views else "val_images"]
     return math.sqrt(report[name] * (1 - report[name]) / n)
@@ -504,9 +504,9 @@ def standard_error(report, name):
 def verdict(trained, random, log=()):
     """One sentence on a network beside its random twin: their reports, and the run's log.
 
-    better: the linear probe (without labels: own view found, or the share of other images that
+    learnt: the linear probe (without labels: own view found, or the share of other images that
     are farther) is two standard errors of the difference above the random network's.
-    collapsed: effective rank below 2 and not better, or the log's spread below 0.1.
+    collapsed: effective rank below 2 and not learnt, or the log's spread below 0.1.
     not at its end: the log has hours left. still rising: its kNN, or own view found, gained over
     0.01 in its last third. was better: it lost over 0.02.
     """
@@ -546,8 +546,8 @@ def read_log(path):
 
 
 def print_table(columns, every):
-    """columns {title: report}, side by side, `every` measure or a few; a share with its standard
-    error."""
+    """columns {title: report}, side by side: a few measures, or `every`, as without labels; a share
+    with its standard error."""
     def cell(report, name):
         if name not in report:
             return "-"
@@ -570,13 +570,14 @@ def print_table(columns, every):
     width = max(14, *map(len, columns)) + 2
     say()
     for first, cells, last in rows:
-        say(f"{first:25s}{''.join(cell.rjust(width) for cell in cells)}   {last}")
+        say(f"{first:25s}{''.join(text.rjust(width) for text in cells)}   {last}")
 
 
 # ------------------------------------------------- weights
 
 def load_file(path):
-    """A checkpoint: plain tensors, numbers and strings. Anything else is not run, but named."""
+    """A checkpoint: plain tensors, numbers and strings. Anything else is a UserError; no code of it
+    is run."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist, or is no file: pass the path of a checkpoint")
     try:
@@ -607,7 +608,7 @@ def load_weights(backbone, path, encoder="query"):
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:80]              # the first of them
+        reason = str(error).splitlines()[1].strip()[:80]              # [0] is a headline
         raise UserError(f"{path} does not fit this network ({reason} ...): pass the --arch and "
                         f"image size it was made with; the names must be torchvision's (timm's "
                         f"differ)") from None
@@ -713,7 +714,9 @@ def draw_rows(path, queries, others, near):
         for other in near[i].tolist():
             other_label = others.labels[other]
             frame = BLUE if other_label == label else ORANGE
-            tiles.append(framed(others, other, frame if min(other_label, label) >= 0 else SILVER))
+            if min(other_label, label) < 0:
+                frame = SILVER
+            tiles.append(framed(others, other, frame))
     grid = make_grid(torch.cat(tiles), nrow=1 + near.shape[1], pad_value=255)
     with data.writing(path):
         TF.to_pil_image(grid).save(path)
@@ -772,15 +775,15 @@ def load_networks(args, run, arch, size, small):
 
 def evaluate(args, run):
     """Measure a run's network and its random twin: print a table, write report and pictures into
-    the run's folder -> title, {network: its report}. With --data OTHER or the key encoder the
-    files' names end in -OTHER, -key."""
+    the run's folder; for other data or the key encoder their names end in -OTHER, -key.
+    -> title, {network: its report}."""
     settings = dict(data="shapes", classes="folders", image_size=None, dataset=None,
                     skip_unreadable=False)
     log = []
     if run:
         settings |= json.loads((run / "args.json").read_text())
         log = read_log(run / "log.csv") if (run / "log.csv").exists() else []
-    if args.data:                              # whose folders may be classes
+    if args.data:                              # its folders may be classes, the run's own not
         settings["classes"] = "folders"
     for flag in ("arch", "data", "classes"):
         if getattr(args, flag):
@@ -799,13 +802,13 @@ def evaluate(args, run):
         share = torch.bincount(val.labels).max() / len(val)
         about = f"{train.class_words()}, the largest {share:.1%} of validation"
     elif args.shares or args.protocol == "augmented":
-        raise UserError(f"{name} has no labels: --shares and --protocol augmented need class "
-                        f"folders, here or by --labels FOLDER")
+        raise UserError(f"{name} has no labels: --shares, --finetune and --protocol augmented need "
+                        f"class folders, here or by --labels FOLDER")
     title = str(run or args.weights)
     say(f"{title}: {arch}, {args.encoder} encoder, on {name} at {size} px: {len(train)} training "
         f"and {len(val)} validation images, {about}{note}")
 
-    # The first layers are those of the run's own image size, whatever --image-size says.
+    # A run's first layers are those of its own image size, those of --weights of the size here.
     small = (settings["image_size"] or size) <= data.SMALL
     networks = load_networks(args, run, arch, size, small)
     random, _ = networks["random"]
@@ -816,7 +819,7 @@ def evaluate(args, run):
                   train_images=len(train))
     features = {}
     for network, (net, its_size) in networks.items():
-        train_x = None                         # frees those of the network before
+        train_x = None                         # frees the last one's; in the end: pretrained's
         report[network], train_x, features[network] = measure(
             net, train, val, labelled, args, its_size, f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)
@@ -850,8 +853,8 @@ def evaluate(args, run):
     if own_data and (run / "last.pt").exists():
         draw_soft_positives(folder / "soft_positives.png", load_file(run / "last.pt"), whole,
                             args.seed)
-    say(f"written into {folder}: lineval{end}.json and pictures; in the last rows of neighbors{end}"
-        f".png, validation images most like a training image, perhaps duplicates")
+    say(f"written into {folder}: lineval{end}.json and pictures; the last rows of "
+        f"neighbors{end}.png: validation images most like a training image, perhaps duplicates")
     return title, columns
 
 
@@ -862,7 +865,8 @@ def read_flags(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs (default: the newest in runs/)")
     add("--weights", help="instead of a run: a state dict with torchvision's names; needs --arch. "
-        "For it images of up to 64 px are enlarged to 224, unless --image-size is given")
+        "Images of up to 64 px are enlarged to 224. --image-size of up to 64: weights of a network "
+        "for small images")
     add("--arch", choices=ARCHS, metavar="ARCH", help=", ".join(ARCHS))
     add("--data", "--labels", metavar="DATA", help="evaluate on another dataset than the run's own")
     add("--classes", choices=("folders", "none"), help="none: the folders are not classes")
@@ -872,7 +876,7 @@ def read_flags(argv):
         "ImageNet's; for them images of up to 64 px are enlarged to 224")
     add("--shares", nargs="+", type=float, default=[], metavar="SHARE",
         help="also with so few of the labels: 0.01 0.1 1, at least one a class")
-    add("--finetune", action="store_true", help="with --shares: train the network too")
+    add("--finetune", action="store_true", help="train the network too; by all labels, or --shares")
     add("--protocol", default="cached", choices=("cached", "augmented"),
         help="augmented: [Small]'s ImageNet protocol too")
     add("--epochs", type=int, default=100, help="of --finetune and --protocol augmented")
@@ -915,7 +919,7 @@ def main(argv=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("lineval.py runs in one process: start it without torchrun")
     torch.set_flush_denormal(True)
-    runs = [None] if args.weights else [Path(run) for run in args.runs] or [newest_run()]
+    runs = [None] if args.weights else ([Path(run) for run in args.runs] or [newest_run()])
     # Before the long work on the first one.
     for name in ("args.json", "backbone.pt"):
         without = [str(run) for run in runs if run and not (run / name).exists()]

@@ -2,10 +2,10 @@
 
     python models.py          # the size table: parameters and multiply-adds, counted
 
-Parameter names, shapes and numerics are torchvision's, so that weights travel both ways; only
-torchvision's last layer, the one for 1000 classes, has no counterpart here. A network ends in its
-feature: after pooling for ResNet and EfficientNet; after the last hidden layer (960 -> 1280 or
-576 -> 1024) and its hard-swish for MobileNetV3. No dropout, no stochastic depth.
+Parameter names, shapes and outputs are torchvision's (for large images), so that weights travel
+both ways; only torchvision's last layer, the one for 1000 classes, has no counterpart here. A
+network ends in its feature: after pooling for ResNet and EfficientNet; after the last hidden layer
+(960 -> 1280 or 576 -> 1024) and its hard-swish for MobileNetV3. No dropout, no stochastic depth.
 """
 from functools import partial
 
@@ -38,14 +38,14 @@ class Encoder(nn.Module):
             elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and slice_size:
                 raise ValueError(f"{type(layer).__name__} knows no slices: use models.BatchNorm2d")
             elif isinstance(layer, nn.Linear):
-                # Ours. MobileNetV3's last layer has small weights: beside torch's random biases
-                # they would hardly count, and all embeddings would start in a narrow cone.
+                # Ours. MobileNetV3's last layer starts small: beside random biases in the head its
+                # feature would hardly count, and all embeddings would start in a narrow cone.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x):                                     # (N, 3, H, W)
         z = self.head(self.backbone(x))                       # (N, dim)
-        wide = torch.promote_types(z.dtype, torch.float32)    # bf16 has three digits only
+        wide = torch.promote_types(z.dtype, torch.float32)    # bf16 has but three digits
         return F.normalize(z.to(wide), dim=1)
 
 
@@ -78,7 +78,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                             self.training, momentum, self.eps)
 
     def normalize_compiled(self, x):
-        """The same as one formula over all slices: compiles in a minute, the loop in many."""
+        """The loop's result in one formula, which compiles in a minute; the loop takes many."""
         parts = x.unflatten(0, (-1, self.slice_size))         # (slices, n, C, H, W)
         parts = parts.to(self.weight.dtype)                   # float32, also under autocast
         var, mean = torch.var_mean(parts, (1, 3, 4), correction=0, keepdim=True)
@@ -278,7 +278,7 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(width, width, 3)
         self.bn2 = BatchNorm2d(width)
         self.downsample = shortcut(c_in, width, stride)
-        # The branch starts at zero, as in [Light]'s code (arXiv 1706.02677, section 5.1).
+        # The branch starts at zero (arXiv 1706.02677, section 5.1), as in [Light]'s code.
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x):
@@ -408,12 +408,12 @@ def print_sizes():
         print(f"{arch:20s}{net.feature_dim:12d}{parameters:16.2f}{madds:19.2f}")
 
 
-# ------------------------------------------------- faster on a CPU, equal in value
+# ------------------------------------------------- faster on a CPU
 #
 # What it buys: a whole training step of MobileNetV3-Small at 32 px takes 1.4 x as long without
 # it. torch's own weight gradient of a depthwise convolution is slow where the map is narrower
-# than the kernel (30 forwards long), and in bf16. A GPU, or a forward without gradient, never
-# comes here.
+# than the kernel (as slow as 30 forwards), and in bf16. On a GPU, or without gradient, this is an
+# ordinary convolution.
 
 class DepthwiseConv2d(nn.Conv2d):
     """One k x k filter a channel."""

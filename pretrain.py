@@ -316,7 +316,7 @@ def pretrain(args):
         return 128 + stop.asked
     else:
         say(f"done: {total_steps} steps. In {run}: backbone.pt (the weights, under torchvision's "
-            f"names), last.pt, log.csv, curve.png, views.png\n"
+            f"names), last.pt, log.csv and pictures\n"
             f"next: python lineval.py {shlex.quote(run.as_posix())}")
     return 0
 
@@ -327,7 +327,7 @@ def start_processes():
     """Join torchrun's processes, if any -> (rank, world)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        # torch 2.14 has new names for what is called below, which 2.11 does not know.
+        # torch 2.14 has new names for the collectives, which 2.11 does not know.
         warnings.simplefilter("ignore", FutureWarning)
         device = data.own_device()
         cuda = device.type == "cuda"
@@ -462,8 +462,8 @@ class Log:
 
     def is_due(self, done):
         alone_and_asked = self.stop.asked and not dist.is_initialized()
-        at = done % self.args.log_every == 0 or done % self.per_epoch == 0
-        return (at or alone_and_asked) and not self.args.dry_run
+        regular = done % self.args.log_every == 0 or done % self.per_epoch == 0
+        return (regular or alone_and_asked) and not self.args.dry_run
 
     def report(self, done, loss, info, near_images, index, keys):
         """-> {"stop": ..., "save": ...}, the same on all processes. index (n,): the batch's images.
@@ -556,9 +556,10 @@ class Log:
 
 def report_dry_run(args, batches, total_steps):
     """Speed, memory and time of the whole run."""
-    rate = batches.timed * args.batch_size / batches.seconds()
+    seconds = batches.seconds()
+    rate = batches.timed * args.batch_size / seconds
     hours = total_steps * args.batch_size / rate / 3600
-    say(f"dry run: {rate:.0f} images/s, waiting for images {batches.waited / batches.seconds():.0%}"
+    say(f"dry run: {rate:.0f} images/s, waiting for images {batches.waited / seconds:.0%}"
         f" of the time, peak memory {peak_memory(batches.device):.1f} GiB; the whole run of "
         f"{total_steps} steps would take {hours:.2f} hours without its kNN. Nothing was written.")
 
@@ -575,10 +576,10 @@ def peak_memory(device):
 
 # ------------------------------------------------- the run's folder
 
-# What may have changed when a command continues a run. So may `data`, which is only where the
-# images lie: their fingerprint is compared.
+# What may have changed when a command continues a run; `data` too, which is only where the images
+# lie: their fingerprint is compared.
 MAY_CHANGE = {"data", "init", "workers", "log_every", "save_minutes", "knn_every", "compile",
-              "restart", "dry_run", "skip_unreadable", "out", "same_class_chance"}
+              "restart", "skip_unreadable", "out", "same_class_chance"}
 
 
 def default_run(args, typed, dataset):
@@ -616,8 +617,10 @@ def open_run(run, args):
         compare_settings(run, checkpoint, args)
     if dist.is_initialized():
         dist.barrier()                         # all have looked before the first one changes it
-    if data.is_first() and not checkpoint:
+    if data.is_first():
+        # Also of a run that goes on: its images may lie elsewhere now.
         write(run / "args.json", json.dumps(vars(args), indent=1).encode())
+    if data.is_first() and not checkpoint:
         for name in ("last.pt", "log.csv", "backbone.pt", "curve.png"):
             (run / name).unlink(missing_ok=True)
     return checkpoint
@@ -628,8 +631,9 @@ def hold(run):
     if sys.platform == "win32":
         return
     import fcntl
-    with data.writing(run):                    # open_run passes over .tmp
-        file = os.open(run / "lock.tmp", os.O_RDWR | os.O_CREAT, 0o666)       # never closed
+    with data.writing(run):
+        # Never closed. A .tmp, since open_run passes over those.
+        file = os.open(run / "lock.tmp", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         # Not flock, which the loader workers of a killed run would still hold.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -660,7 +664,7 @@ def restore(checkpoint, run, encoder, key_encoder, optimizer, scaler, queue):
     encoder.load_state_dict(checkpoint["encoder"])
     key_encoder.load_state_dict(checkpoint["key_encoder"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:                   # empty if --amp auto was no fp16 on that machine
+    if checkpoint["scaler"]:                   # empty if that machine used no fp16
         scaler.load_state_dict(checkpoint["scaler"])
     queue.keys.copy_(checkpoint["queue"]["keys"])
     queue.index.copy_(checkpoint["queue"]["index"])
@@ -740,7 +744,7 @@ def read_args(argv=None):
     add("--workers", type=int, help="loader processes for each training process")
     add("--log-every", type=int, default=20, metavar="STEPS")
     add("--save-minutes", type=float, default=15,
-        help="save so often, and at an epoch's end after one minute")
+        help="between saves; at an epoch's end one is enough")
     add("--knn-every", type=int, metavar="EPOCHS", help="kNN so often (0: never)")
     special = {
         "symmetric": dict(action=argparse.BooleanOptionalAction),
@@ -749,7 +753,7 @@ def read_args(argv=None):
         "jitter": dict(type=float, nargs=4, metavar=("B", "C", "S", "H")),
     }
     for name, value in MOCO_V2.items():
-        columns = "recipes: " + " | ".join(str(recipe[name]) for recipe in RECIPES.values())
+        columns = " | ".join(f"{recipe}: {values[name]}" for recipe, values in RECIPES.items())
         options = special.get(name, dict(type=type(value)))
         add("--" + name.replace("_", "-"), help=columns, **options)
     return parser.parse_args(argv)
@@ -772,7 +776,7 @@ def resolve(args, dataset):
         args.workers = data.default_workers()
     if args.data not in data.NAMES:
         args.data = os.path.realpath(args.data)
-    args.init_weights = None                   # a run may go on when that file is gone
+    args.init_weights = None                   # with --out a run may go on when that file is gone
     if args.init:
         args.init = os.path.realpath(args.init)
         if os.path.isfile(args.init):
@@ -822,7 +826,7 @@ def check(args, images, world):
         if not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} {value}: must lie in [{least}, {most}]")
     batch, splits = args.batch_size, args.bn_splits
-    keys = images // batch * batch * (2 if args.symmetric else 1)
+    epoch_keys = images // batch * batch * (2 if args.symmetric else 1)
     conditions = (
         (min(args.jitter) >= 0 and max(args.jitter[:3]) < math.inf and args.jitter[3] <= 0.5,
          f"--jitter {args.jitter}: must not be negative, its hue at most 0.5"),
@@ -835,9 +839,9 @@ def check(args, images, world):
         (batch % splits == 0 and batch >= 2 * splits,
          f"--batch-size {batch} is not --bn-splits {splits} equal slices of at least 2 images: "
          f"pass a multiple of {splits} from {2 * splits} on"),
-        (args.queue_size < keys,
-         f"--queue-size {args.queue_size} holds a whole epoch's {keys} keys, so a query would meet "
-         f"its own old keys: pass --queue-size {keys // 8} or less"),
+        (args.queue_size < epoch_keys,
+         f"--queue-size {args.queue_size} holds a whole epoch's {epoch_keys} keys, so queries meet "
+         f"their own old keys: pass --queue-size {epoch_keys // 8} or less"),
         (args.neighbors <= args.queue_size,
          f"--neighbors {args.neighbors}: must be at most the queue's {args.queue_size}"),
         (args.weighting != "tiered" or args.neighbors in TIERS,
@@ -854,7 +858,7 @@ def check(args, images, world):
 
 
 def announce(args, typed, dataset, world, device, run, first_step, total_steps):
-    """Say what is about to run, and which settings differ from the recipe, and why."""
+    """Say what is about to run, and which settings differ from the recipe."""
     n, splits = args.batch_size // world, args.bn_splits // world
     per_epoch = total_steps // args.epochs
     say(f"{dataset.root or dataset.name}: {len(dataset)} images, {dataset.class_words()}, "
@@ -863,15 +867,14 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
     if dataset.left_out:
         say(f"left out, since no image: {data.count_words(dataset.left_out)}")
     say(f"recipe {args.recipe}, {args.arch}, {args.image_size} px, {args.epochs} epochs, seed "
-        f"{args.seed}; different from the recipe:")
+        f"{args.seed}; different from the recipe for these images, or typed:")
     for name, value in RECIPES[args.recipe].items():
         now = getattr(args, name)
         if name == "hidden_dim":
             value = hidden_width(value, args.arch)
         if now != value:
-            size = f" of {args.image_size} px" * (name == "blur_p")
-            why = "typed" if typed[name] is not None else f"for {len(dataset)} images{size}"
-            say(f"  {name:14s} {now} instead of {value}, {why}")
+            typed_so = ", typed" if typed[name] is not None else ""
+            say(f"  {name:14s} {now} instead of {value}{typed_so}")
     if first_step:
         say(f"continuing {run} after step {first_step} of {total_steps}")
 
@@ -889,7 +892,7 @@ class StopSignals:
             number = getattr(signal, name, None)
             if number is None:                 # Windows has two of them
                 continue
-            # nohup has SIGHUP ignored, but torchrun passes it on all the same, and then kills.
+            # Under nohup SIGHUP is ignored; but torchrun, which passes it on, would then kill.
             ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
             if not ignored or "LOCAL_RANK" in os.environ:
                 signal.signal(number, self.handle)
@@ -930,7 +933,7 @@ def main(argv=None):
         keep_freed_memory()
     code = pretrain(args)
     if dist.is_initialized():
-        dist.barrier()         # the first may still save; torchrun ends it once another has gone
+        dist.barrier()         # or torchrun would end the first, which may still save
         dist.destroy_process_group()
     return code
 

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import struct
+import sys
 import weakref
 import zlib
 from types import SimpleNamespace
@@ -595,6 +596,15 @@ def test_data_py_tells_what_it_found_and_draws_view_pairs(tmp_path, tree):
         assert words in result.stdout, result.stdout
     with Image.open(tmp_path / "view_pairs.png") as picture:
         assert min(picture.size) > 64
+
+
+def test_data_py_blurs_small_views_no_more_than_pretraining_does(monkeypatch, tree):
+    shown = []
+    monkeypatch.setattr(data, "draw_view_pairs", lambda views, _: shown.append((views.size, views.blur_p)))
+    monkeypatch.setattr(sys, "argv", ["data.py", str(tree)])
+    data.describe()
+    [(size, blur_p)] = shown
+    assert size <= data.SMALL and blur_p == 0
 
 
 def test_names_that_no_terminal_can_print_are_escaped_in_one_line(tmp_path, tree):

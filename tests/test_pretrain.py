@@ -484,6 +484,17 @@ def test_settings_are_stored_as_used_and_the_start_file_is_needed_once(run, imag
     assert "done: 12 steps" in capsys.readouterr().out
 
 
+def test_a_run_whose_images_moved_goes_on_and_is_evaluated_there(run, images, tmp_path, capsys):
+    folder, moved = copy_of(run, tmp_path), tmp_path / "elsewhere" / images.name
+    shutil.copytree(images, moved)
+    settings = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(settings | {"data": str(tmp_path / "gone")}))
+    assert pretrain.main(["--data", str(moved), "--out", str(folder), *TINY]) == 0
+    capsys.readouterr()
+    lineval.main([str(folder), "--workers", "0"])
+    assert f"on {moved} at" in capsys.readouterr().out
+
+
 def test_another_start_file_of_the_same_name_is_another_run(run, images, tmp_path, capsys):
     names = set()
     for content in ("first", "second"):

@@ -240,7 +240,7 @@ def test_weights_and_checkpoint_agree_after_a_kill_between_their_writes(images, 
     encoder = torch.load("run/last.pt", weights_only=True)["encoder"]
     backbone = torch.load("run/backbone.pt", weights_only=True)
     assert all(torch.equal(value, encoder["backbone." + key]) for key, value in backbone.items())
-    assert done == ["flushed", "backbone.pt", "flushed", "last.pt"]
+    assert done == ["flushed", "args.json", "flushed", "backbone.pt", "flushed", "last.pt"]
 
 
 def test_changed_dataset_is_refused(images, undisturbed, tmp_path, capsys, monkeypatch):

@@ -39,7 +39,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, for every dataset
-SMALL = 64                # px: from here down, networks keep more resolution, and views no blur
+SMALL = 64                # px: from here down, networks keep more resolution, pretraining no blur
 
 
 class UserError(ValueError):

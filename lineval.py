@@ -74,7 +74,7 @@ def extract_features(net, views, *, device="cpu", workers=0, batch_size=256, wha
         start = batch * batch_size
         features[start:start + len(out)] = out
         progress.advance(len(out))
-    if processes > 1:                          # else the GPU is spared them
+    if processes > 1:                          # alone, no trip to the GPU
         features = data.gather(features.to(device)).cpu()
     return features[:n].transpose(0, 1)
 
@@ -819,7 +819,7 @@ def evaluate(args, run):
                   train_images=len(train))
     features = {}
     for network, (net, its_size) in networks.items():
-        train_x = None                         # frees the last one's; in the end: pretrained's
+        train_x = None                         # frees the last network's; pretrained's stays
         report[network], train_x, features[network] = measure(
             net, train, val, labelled, args, its_size, f"the {network} network")
     report["verdict"] = verdict(report["pretrained"], report["random"], log)

@@ -620,9 +620,9 @@ def open_run(run, args):
     if data.is_first():
         # Also of a run that goes on: its images may lie elsewhere now.
         write(run / "args.json", json.dumps(vars(args), indent=1).encode())
-    if data.is_first() and not checkpoint:
-        for name in ("last.pt", "log.csv", "backbone.pt", "curve.png"):
-            (run / name).unlink(missing_ok=True)
+        if not checkpoint:
+            for name in ("last.pt", "log.csv", "backbone.pt", "curve.png"):
+                (run / name).unlink(missing_ok=True)
     return checkpoint
 
 
@@ -867,7 +867,7 @@ def announce(args, typed, dataset, world, device, run, first_step, total_steps):
     if dataset.left_out:
         say(f"left out, since no image: {data.count_words(dataset.left_out)}")
     say(f"recipe {args.recipe}, {args.arch}, {args.image_size} px, {args.epochs} epochs, seed "
-        f"{args.seed}; different from the recipe for these images, or typed:")
+        f"{args.seed}; different from the recipe, for these images or typed:")
     for name, value in RECIPES[args.recipe].items():
         now = getattr(args, name)
         if name == "hidden_dim":
